@@ -1,0 +1,68 @@
+"""The toolkit for batch-normalization statistics, from fine-tuning to deployment."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bntools.errors import BntoolsError, NotFrozenError, VerificationError
+
+if TYPE_CHECKING:
+    from bntools.exporting import export
+    from bntools.files import load, save
+    from bntools.folding import fold
+    from bntools.freezing import assert_frozen, freeze, reset, unfreeze
+    from bntools.inspection import inspect
+    from bntools.layer import BatchNorm
+    from bntools.moments import Moments
+    from bntools.recalibration import recalibrate
+    from bntools.verification import verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchNorm": "layer",
+    "Moments": "moments",
+    "load": "files",
+    "save": "files",
+    "inspect": "inspection",
+    "freeze": "freezing",
+    "unfreeze": "freezing",
+    "assert_frozen": "freezing",
+    "reset": "freezing",
+    "recalibrate": "recalibration",
+    "fold": "folding",
+    "export": "exporting",
+    "verify": "verification",
+}
+
+__all__ = [
+    "BatchNorm",
+    "BntoolsError",
+    "Moments",
+    "NotFrozenError",
+    "VerificationError",
+    "assert_frozen",
+    "export",
+    "fold",
+    "freeze",
+    "inspect",
+    "load",
+    "recalibrate",
+    "reset",
+    "save",
+    "unfreeze",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"bntools.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

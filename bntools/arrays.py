@@ -1,0 +1,138 @@
+"""Arrays in files as batches: ``.npy``, ``.npz``, and ``.pt`` and ``.safetensors`` through the PyTorch back end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bntools import backends, sniff
+from bntools.errors import BntoolsError
+from bntools.reading import Reading
+
+SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """One array, or several by name, whose first axis counts the samples; ``order`` is that of the samples.
+
+    uint8 arrays of rank 4 hold images, and are scaled to 0..1 as a folder of images is; all others
+    are taken as they are.
+    """
+
+    content: np.ndarray | dict[str, np.ndarray]
+    reading: Reading
+    order: np.ndarray
+    total: int
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return len(self.order)
+
+    def batches(self, most: int | None = None) -> Iterator[Any]:
+        """Batches of all samples, or of the first ``most``: arrays, or dicts of arrays."""
+        for start in range(0, min(self.samples, most or self.samples), self.reading.batch_size):
+            chosen = np.sort(self.order[start : start + self.reading.batch_size])  # in file order: it may be on a disk
+            if isinstance(self.content, dict):
+                yield {name: _taken(array, chosen) for name, array in self.content.items()}
+            else:
+                yield self.reading.normalized(_taken(self.content, chosen))
+
+    def details(self) -> dict[str, Any]:
+        """What was read and how, for the record."""
+        return {"scaled": "0..1" if any(map(holds_images, self._named.values())) else None, "files": 1}
+
+    def description(self) -> str:
+        """What was read and how, in a line."""
+        drawn = f" drawn from {self.total:,}" if self.samples < self.total else ""
+        what = ", ".join(
+            f"{name} {array.dtype} {'x'.join(map(str, array.shape[1:])) or 'numbers'}".strip()
+            + (" scaled to 0..1" if holds_images(array) else "")
+            for name, array in self._named.items()
+        )
+        return f"{self.samples:,} sample{'s' * (self.samples != 1)}{drawn}: {what}"
+
+    @property
+    def _named(self) -> dict[str, np.ndarray]:
+        return self.content if isinstance(self.content, dict) else {"": self.content}
+
+
+def read(path: Path, reading: Reading) -> Arrays:
+    """The arrays in a file, samples in an order that only the seed decides. ``.npy`` stays on the disk.
+
+    Raises BntoolsError where the file is damaged, holds anything but arrays of numbers of one length,
+    or options do not fit them.
+    """
+    content = _loaded(path)
+    named = content if isinstance(content, dict) else {"the array": content}
+    for name, array in named.items():
+        _check(path, name, array)
+    lengths = {name: len(array) for name, array in named.items()}
+    if len(set(lengths.values())) != 1:
+        listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+        raise BntoolsError(f"{path}: arrays of unequal length ({listed}); expected one row a sample in each")
+    _check_options(path, content, reading)
+    total = next(iter(lengths.values()))
+    order = np.random.default_rng(reading.seed).permutation(total)
+    return Arrays(content, reading, order[: reading.max_samples], total)
+
+
+def _check_options(path: Path, content: Any, reading: Reading) -> None:
+    if isinstance(content, dict):
+        if reading.mean or reading.size:
+            raise BntoolsError(f"{path}: holds several arrays, to which mean=, std= and size= do not apply")
+        return
+    shape = content.shape
+    if reading.size is not None and (content.ndim != 4 or shape[2:] != tuple(reading.size)):
+        raise BntoolsError(f"{path}: size= resizes images, not arrays; the samples have shape {shape[1:]}")
+    if content.ndim == 4 and reading.channels is not None and shape[1] != reading.channels == shape[3]:
+        raise BntoolsError(
+            f"{path}: an array of shape {shape} has its channels last; expected (samples, {reading.channels}, height, "
+            f"width): save array.transpose(0, 3, 1, 2)"
+        )
+    if reading.mean is not None:
+        if content.ndim < 2 or not (content.dtype.kind == "f" or holds_images(content)):
+            raise BntoolsError(f"{path}: mean= and std= are for images and float arrays; found {content.dtype} {shape}")
+        reading.check_channels(str(path), shape[1])
+
+
+def holds_images(array: np.ndarray) -> bool:
+    """Whether an array is taken as 8-bit images."""
+    return array.dtype == np.uint8 and array.ndim == 4
+
+
+def _taken(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    rows = array[chosen]
+    return np.divide(rows, np.float32(255), dtype=np.float32) if holds_images(array) else np.asarray(rows)
+
+
+def _loaded(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".npz"):
+        return backends.of_path(path).arrays(str(path))
+    try:
+        if suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        # NumPy parses the header with ast and zipfile, whose errors all mean the same here.
+        raise BntoolsError(f"{path}: no readable NumPy file ({sniff.describe(path)}): {error}") from error
+    if not found:
+        raise BntoolsError(f"{path}: an archive without arrays")
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _check(path: Path, name: str, array: Any) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise BntoolsError(f"{path}: {name} holds {kind}; expected an array of numbers")
+    if not array.ndim:
+        raise BntoolsError(f"{path}: {name} is a single number; expected an array whose first axis counts samples")
+    if not array.size:
+        raise BntoolsError(f"{path}: {name} is empty (shape {array.shape})")

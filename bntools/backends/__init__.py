@@ -1,0 +1,67 @@
+"""Which back end serves a model or a path.
+
+A back end is a package of plain functions under the same names:
+
+    layers  write  freeze  unfreeze  reset  measuring  graph  absorb  predict  export  load  save
+
+It is found by looking at the model's type and at what is already imported, so that asking imports
+no framework that the caller does not have in hand (the way einops does it).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bntools.errors import BntoolsError
+
+# back end -> the types it serves, as (imported module, attribute)
+SERVED = {
+    "torch": [("torch.nn", "Module")],
+    "onnx": [("onnx", "ModelProto")],
+}
+SUFFIXES = {
+    ".pt": "torch",
+    ".pth": "torch",
+    ".bin": "torch",
+    ".ckpt": "torch",
+    ".pt2": "torch",
+    ".safetensors": "torch",
+    ".onnx": "onnx",
+}
+
+
+def of(model: Any) -> ModuleType:
+    """The back end of a model in memory."""
+    for name, types in SERVED.items():
+        for module, attribute in types:
+            served = getattr(sys.modules.get(module), attribute, None)
+            if served is not None and isinstance(model, served):
+                return backend(name)
+    raise BntoolsError(
+        f"found a {type(model).__module__}.{type(model).__qualname__} where a model was expected: "
+        f"bntools serves {' and '.join(f'{m}.{a}' for types in SERVED.values() for m, a in types)}"
+    )
+
+
+def of_path(path: str | Path) -> ModuleType:
+    """The back end that reads and writes a file, by its suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise BntoolsError(f"{path}: unknown kind of model file {suffix!r}: expected one of {', '.join(SUFFIXES)}")
+    return backend(SUFFIXES[suffix])
+
+
+def backend(name: str) -> ModuleType:
+    """The back end of this name; its framework is imported now."""
+    try:
+        return importlib.import_module(f"bntools.backends.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("bntools"):
+            raise
+        raise BntoolsError(
+            f"{name} models need the package {error.name!r}, which is not installed: pip install 'bntools[{name}]'"
+        ) from error

@@ -1,0 +1,34 @@
+"""The PyTorch back end: nn.Module."""
+
+from bntools.backends.torch.arrays import arrays
+from bntools.backends.torch.export import EXPORTERS, export
+from bntools.backends.torch.files import load, save
+from bntools.backends.torch.freezing import freeze, reset, unfreeze
+from bntools.backends.torch.graph import graph
+from bntools.backends.torch.inputs import input_channels
+from bntools.backends.torch.layers import layers, write
+from bntools.backends.torch.memory import free_memory
+from bntools.backends.torch.replica import measuring
+from bntools.backends.torch.running import predict
+from bntools.backends.torch.surgery import absorb
+from bntools.backends.torch.tracing import runners
+
+__all__ = [
+    "EXPORTERS",
+    "absorb",
+    "arrays",
+    "export",
+    "free_memory",
+    "freeze",
+    "graph",
+    "input_channels",
+    "layers",
+    "load",
+    "measuring",
+    "predict",
+    "reset",
+    "runners",
+    "save",
+    "unfreeze",
+    "write",
+]

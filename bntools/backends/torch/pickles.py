@@ -1,0 +1,225 @@
+"""Reading pickles safely: what a file names is looked at first, then PyTorch's restricted unpickler reads it.
+
+The restricted unpickler (``torch.load(weights_only=True)``) refuses names that nobody admitted, but it
+*calls* what was admitted if the pickle says so. Whole models need classes admitted; honest pickles
+only ever create objects of them and fill in their state, so every other use is refused here.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+import re
+import struct
+import types
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, BinaryIO
+
+import torch
+import torch.nn.functional as F
+from torch import _weights_only_unpickler, nn
+
+from bntools import imports
+from bntools.backends.torch import opcodes
+from bntools.errors import BntoolsError
+
+ADMITTED = ("torch.nn", "torchvision", "timm")
+FREEZER = ("bntools.backends.torch.layers", "StaysInEval")
+FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
+BUILTIN_FUNCTIONS = ("torch", "torch._C._nn")
+LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+LEGACY_PICKLES = 4  # one after the other: the magic number, the protocol, facts of the system, the object
+SLACK = 64 << 20  # bytes: below this no archive is called a bomb
+RATIO = 8  # float weights hardly compress, and torch.save does not even try
+
+
+def read(path: str, allow: Sequence[str] = ()) -> Any:
+    """What a file written by ``torch.save`` holds, on the CPU, without running any code from it.
+
+    ``allow`` names packages whose ``nn.Module`` subclasses and enums are admitted besides those of
+    torch.nn, torchvision and timm.
+
+    Raises BntoolsError where the file is none of PyTorch's, is truncated, or needs or does
+    something that is not admitted; every such name is in the message.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            return _read_archive(path, file, allow)
+        file.seek(0)
+        if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+            return _read_legacy(path, file)
+    raise BntoolsError(f"{path}: not a file that torch.save wrote, and no model file bntools knows")
+
+
+def check_sizes(path: str, file: BinaryIO) -> None:
+    """Refuse an archive that claims to unpack to far more than it is (a decompression bomb)."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise BntoolsError(f"{path}: a damaged or truncated archive ({error})") from error
+    actual = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if claimed > RATIO * actual + SLACK:
+        raise BntoolsError(
+            f"{path}: claims to unpack from {actual:,} to {claimed:,} bytes, which no model does: not read"
+        )
+
+
+def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
+    check_sizes(path, file)
+    try:
+        # The reader that torch.load uses: another zip library may see another data.pkl in a crafted file.
+        reader = torch._C.PyTorchFileReader(file)
+        scan = opcodes.scan(reader.get_record("data.pkl"))
+        file.seek(0)
+        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except (opcodes.Unreadable, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
+    file.seek(0)
+    names = sorted(pair for pair in scan.names if ".".join(pair) in foreign)
+    if renamed := foreign - {".".join(pair) for pair in names}:  # names of Python 2, which are translated
+        raise BntoolsError(_not_admitted(path, [(name, "") for name in sorted(renamed)] + _strangers(names, allow)))
+    objects = _admit(path, names, allow)
+    _check_uses(path, scan, objects)
+    return _restricted(path, file, [(value, ".".join(name)) for name, value in objects.items()])
+
+
+def _read_legacy(path: str, file: BinaryIO) -> Any:
+    """The format from before PyTorch 1.6 wraps each module class in a way that the restricted unpickler refuses."""
+    try:
+        return _restricted(path, file, [])
+    except BntoolsError as error:
+        foreign = _foreign_legacy(file)
+        message = f"{path}: not loaded, because it holds {', '.join(foreign)}, not admitted" if foreign else str(error)
+        raise BntoolsError(
+            f"{message}. It is in the format from before PyTorch 1.6, of which only weights can be read safely: "
+            f"where you trust the file, torch.load it with weights_only=False and torch.save it again; else have "
+            f"its author save model.state_dict() alone and pass arch= (--arch)"
+        ) from error
+
+
+def _foreign_legacy(file: BinaryIO) -> list[str]:
+    """The names in a file of the old format that PyTorch does not admit, as far as it can be walked through."""
+    file.seek(0)
+    names: set[str] = set()
+    with suppress(pickle.UnpicklingError, EOFError, struct.error, ValueError, IndexError):
+        for _ in range(LEGACY_PICKLES):
+            names |= _weights_only_unpickler.get_globals_in_pkl(file)
+    return sorted(names - set(_weights_only_unpickler._get_allowed_globals()))
+
+
+def _restricted(path: str, file: BinaryIO, admitted: list[tuple[Any, str]]) -> Any:
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(admitted):  # type: ignore[arg-type]
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Anything can surface here: the bytes are not ours, and admitted classes restore their own state.
+        raise BntoolsError(f"{path}: damaged, truncated or not readable safely: {_explained(error)}") from error
+
+
+def _explained(error: Exception) -> str:
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]}, which is not admitted; save model.state_dict() alone and pass arch= (--arch)"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _admit(path: str, names: list[tuple[str, str]], allow: Sequence[str]) -> dict[tuple[str, str], Any]:
+    """The objects behind the names, all of them admissible; BntoolsError naming all that are not."""
+    prefixes = (*ADMITTED, *allow)
+    if strangers := _strangers(names, allow):
+        raise BntoolsError(_not_admitted(path, strangers))
+    objects = {name: _resolve(path, *name, allow) for name in names}
+    wrong = [name for name, value in objects.items() if not _admissible(name, value, prefixes)]
+    if wrong:
+        raise BntoolsError(
+            f"{path}: not loaded, because it holds {_listed(wrong)}: only nn.Module classes, enums and the "
+            f"functions of torch.nn.functional are admitted. Save model.state_dict() and pass arch= (--arch)"
+        )
+    return objects
+
+
+def _strangers(names: list[tuple[str, str]], allow: Sequence[str]) -> list[tuple[str, str]]:
+    prefixes = (*ADMITTED, *allow)
+    return [name for name in names if not (_within(name[0], prefixes) or name == FREEZER or name[0] in FUNCTIONS)]
+
+
+def _resolve(path: str, module: str, name: str, allow: Sequence[str]) -> Any:
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise BntoolsError(f"{path}: not loaded, because it holds the crafted name {module!r} {name!r}")
+    # The user vouches for what the working folder holds only of the packages that the user named.
+    find = imports.imported if _within(module, allow) else imports.installed
+    found = find(module, f"{path}: class {module}.{name}")
+    if not hasattr(found, name):
+        version = getattr(import_module(module.split(".")[0]), "__version__", "installed here")
+        raise BntoolsError(
+            f"{path}: needs {module}.{name}, which {module.split('.')[0]} {version} does not have: "
+            f"install the version the file was written with, or pass its state dict and arch= (--arch)"
+        )
+    return getattr(found, name)
+
+
+def _admissible(name: tuple[str, str], value: Any, prefixes: Sequence[str]) -> bool:
+    if name == FREEZER:
+        return True
+    if name[0] in FUNCTIONS:
+        return _is_functional(name[1], value)
+    return is_class(value) and _within(value.__module__, prefixes)
+
+
+def is_class(value: Any) -> bool:
+    """Whether an object is a module class or an enum."""
+    return isinstance(value, type) and issubclass(value, (nn.Module, enum.Enum))
+
+
+def _is_functional(name: str, value: Any) -> bool:
+    if name.startswith("_") or getattr(F, name, None) is not value:
+        return False
+    if isinstance(value, types.FunctionType):
+        return value.__module__ == F.__name__
+    return isinstance(value, types.BuiltinFunctionType) and value.__module__ in BUILTIN_FUNCTIONS
+
+
+def _check_uses(path: str, scan: opcodes.Scan, objects: dict[tuple[str, str], Any]) -> None:
+    """Admitted classes may be instantiated empty and filled, enums looked up by value, no more."""
+    enums = {n for n, v in objects.items() if isinstance(v, type) and issubclass(v, enum.Enum)}
+    creatable = {n for n, v in objects.items() if isinstance(v, type)} - enums
+    suspicious = (
+        (set(objects) & scan.called) - enums
+        | (set(objects) & scan.created) - creatable
+        | set(objects) & (scan.created_with_arguments | scan.passed | scan.refilled)
+    )
+    if suspicious or scan.calls_computed:
+        what = _listed(sorted(suspicious)) if suspicious else "an object that it computes"
+        raise BntoolsError(
+            f"{path}: not loaded, because loading it would call {what}: no saved model does that, "
+            f"so the file is damaged or hostile"
+        )
+
+
+def _not_admitted(path: str, names: list[tuple[str, str]]) -> str:
+    packages = sorted({module.split(".")[0] for module, _ in names})
+    allow = ", ".join(repr(package) for package in packages)
+    script = " (__main__ is the script that saved it)" if "__main__" in packages else ""
+    return (
+        f"{path}: not loaded, because it holds {_listed(names)}{script}, not admitted. If these are nn.Module "
+        f"classes or enums that you trust, pass allow=({allow},) (--allow {' --allow '.join(packages)}); else save "
+        f"model.state_dict() alone and pass arch='package.module:factory' (--arch)"
+    )
+
+
+def _within(module: str, prefixes: Sequence[str]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _listed(names: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(".".join(name).rstrip(".") for name in names)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]

@@ -1,0 +1,253 @@
+"""The verb export: a verified ONNX file of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import bntools
+from bntools import backends
+from bntools.batches import count
+from bntools.errors import BntoolsError, VerificationError
+from bntools.files import atomic_write
+from bntools.resizing import redrawn, resized, shuffled
+from bntools.runner import Outputs
+from bntools.verification import Verification, verify
+
+
+@dataclass(frozen=True)
+class Exported(Verification):
+    """The verification of the file that was written, and how it came about.
+
+    ``exporter`` served; ``dynamic`` tells whether the file takes any batch size. ``folded`` names the BN
+    layers that were folded before, ``kept`` the others with their reasons.
+    """
+
+    exporter: str = ""
+    dynamic: bool = True
+    folded: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One try: an exporter, the example it traces, the same with another number of samples, what to verify on."""
+
+    exporter: str
+    example: Any
+    other: Any | None
+    batches: list[Any]
+
+    def __str__(self) -> str:
+        return f"{self.exporter} exporter, {'fixed' if self.other is None else 'dynamic'} batch size"
+
+
+Attempt = Callable[[Plan, Path], Verification]
+
+
+def export(
+    model: Any,
+    path: str | Path,
+    example: Any,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    tolerance: float | None = None,
+    opset: int | None = None,
+) -> Exported:
+    """Write a model as an ONNX file that is proven to compute what the model computes in eval mode.
+
+    BN layers are folded first (``bntools.fold``). The exporters are tried in turn until a file verifies
+    against the model in ONNX Runtime, also on other values and batch sizes: the batch axis is dynamic wherever
+    the model and an exporter allow it. Only then does the file appear under its name, in one step, replacing what was
+    there. Weights of 1.8 GB and more lie in a file beside it. The model is left as it was.
+
+    Args:
+        model: an nn.Module on any device.
+        path: the file to write, ending in ``.onnx``.
+        example: one batch: an array, a tuple or list (its first element), or a dict, whose keywords become the
+            names of the file's inputs.
+        providers, tolerance: as in ``verify``. ``opset``: None is the exporter's own.
+
+    Raises VerificationError, whose ``check`` holds the figures, where no file verifies; BntoolsError where none
+    can be had, the model fails on the example or the file cannot be written. Nothing is written then.
+
+        check = bntools.export(model, "model.onnx", images[:8])
+        print(check.error, check.exporter, len(check.folded))
+    """
+    path = _onnx_path(path)
+    backend, onnx = backends.of(model), backends.backend("onnx")
+    exporters = backend.EXPORTERS
+    onnx.require(providers)
+    runner = backend.runners(model)[0]
+    plans, notes = _plans(runner.run, example, exporters)
+    source, folded, kept, remarks = _folded(backend, model, example)
+    data_name = f"{path.stem}.{secrets.token_hex(4)}.data"
+
+    def attempt(plan: Plan, file: Path) -> Verification:
+        raw = file.with_name("exported.onnx")
+        backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
+        onnx.tidy(raw, file, data_name, opset)
+        onnx.check(file)
+        return verify(model, file, plan.batches, providers=providers, tolerance=tolerance)
+
+    with _workshop(path) as folder:
+        file, plan, check, failures = _first_that_verifies(plans, folder, path.name, attempt)
+        exported = _exported(check, plan, folded, kept, [*notes, *remarks, *failures, *check.notes])
+        onnx.add_metadata(file, _record(runner.name, backend, exported))
+        _publish(onnx, file, file.with_name(data_name), path)
+    return exported
+
+
+def _onnx_path(path: str | Path) -> Path:
+    if Path(path).suffix.lower() != ".onnx":
+        raise BntoolsError(f"{path}: expected a name that ends in .onnx")
+    return Path(path)
+
+
+def _exported(check: Verification, plan: Plan, folded: list[str], kept: dict[str, str], notes: list[str]) -> Exported:
+    figures = {one.name: getattr(check, one.name) for one in fields(check) if one.name != "notes"}
+    dynamic = plan.other is not None
+    return Exported(**figures, notes=tuple(notes), exporter=plan.exporter, dynamic=dynamic, folded=folded, kept=kept)
+
+
+def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, list[str], dict[str, str], list[str]]:
+    """The model with BN folded, the layers folded and kept; as it is where folding fails, which a note says."""
+    from bntools.folding import fold  # here: an exporting that needs no fold works without
+
+    if not backend.layers(model):
+        return model, [], {}, []
+    try:
+        result = fold(model, example)
+    except BntoolsError as error:
+        return model, [], {}, [f"exported without folding: {error}"]
+    return result.model, result.folded, result.kept, []
+
+
+def _plans(run: Callable[[Any], Outputs], example: Any, exporters: Sequence[str]) -> tuple[list[Plan], list[str]]:
+    """The tries in order: with a dynamic batch size where the model itself takes others, then with a fixed one."""
+    run(example)
+    samples = count(example)
+    fresh, notes = _fresh(run, example)
+    fixed = [Plan(exporter, example, None, [example, *fresh]) for exporter in exporters]
+    sizes = [size for size in (1, 2, samples + 1) if size != samples]
+    try:
+        batches = [resized(example, size) for size in sizes]
+        for batch in batches:
+            run(batch)
+    except BntoolsError as error:
+        return fixed, [*notes, f"the batch size is fixed at {samples}: on another the model itself fails ({error})"]
+    # Traced with one sample, an exporter may take the 1 for a constant.
+    traced = example if samples > 1 else resized(example, 2)
+    other = resized(example, max(samples, 2) + 1)
+    return [*(Plan(exporter, traced, other, [example, *batches, *fresh]) for exporter in exporters), *fixed], notes
+
+
+def _fresh(run: Callable[[Any], Outputs], example: Any) -> tuple[list[Any], list[str]]:
+    """Batches with other values than the example's: a file that is right on the example alone is wrong.
+
+    Left out are those on which the model itself fails or gives NaN, which a note says if none is left.
+    """
+    batches, problems = [], []
+    for batch in (redrawn(example), shuffled(example)):
+        try:
+            outputs = run(batch)
+        except BntoolsError as error:
+            problems.append(str(error))
+            continue
+        strange = [name for name, array in outputs.items() if array.dtype.kind in "fc" and not np.isfinite(array).all()]
+        if strange:
+            problems.append(f"it gives values that are not finite, in {strange[0]!r}")
+        else:
+            batches.append(batch)
+    if batches:
+        return batches, []
+    return [], [f"verified on the example's own values only, for on others the model itself fails: {problems[0]}"]
+
+
+def _first_that_verifies(
+    plans: list[Plan], folder: Path, name: str, attempt: Attempt
+) -> tuple[Path, Plan, Verification, list[str]]:
+    """The file of the first plan that verifies, and what became of the plans before it.
+
+    Raises VerificationError where there were files and none verifies, BntoolsError where there was none.
+    """
+    failures: list[str] = []
+    errors: list[BntoolsError] = []
+    for number, plan in enumerate(plans):
+        file = folder / str(number) / name
+        file.parent.mkdir()
+        try:
+            check = attempt(plan, file)
+            if check.passed:
+                return file, plan, check, failures
+            error: BntoolsError = VerificationError(f"its file does not agree with the model: {check}", check)
+        except BntoolsError as raised:
+            error = raised
+        errors.append(error)
+        reason = str(error).replace(str(file), name)
+        if not any(failure.endswith(reason) for failure in failures if failure.startswith(f"{plan.exporter} ")):
+            failures.append(f"{plan}: {reason}")
+    message = "; ".join(failures)
+    causes = ExceptionGroup("why no exporter served", errors)
+    checks = [error.check for error in errors if isinstance(error, VerificationError) and error.check]
+    if checks:
+        best = min(checks, key=lambda check: check.error)
+        raise VerificationError(f"{name} was not written, for no file verified. {message}", best) from causes
+    raise BntoolsError(f"{name} was not written, for no exporter gave a file that runs. {message}") from causes
+
+
+def _record(name: str, backend: ModuleType, exported: Exported) -> dict[str, str]:
+    """What the file says about itself, as ONNX metadata."""
+    framework = backend.__name__.rpartition(".")[2]
+    return {
+        "bntools.version": bntools.__version__,
+        "bntools.source": f"{name} ({framework} {metadata.version(framework)})",
+        "bntools.exporter": exported.exporter,
+        "bntools.folded": json.dumps(exported.folded),
+        "bntools.kept": json.dumps(exported.kept),
+        "bntools.error": f"{exported.error:.3e}",
+        "bntools.tolerance": f"{exported.tolerance:.3e}",
+        "bntools.verified": f"{exported.provider}, graph optimizations off and default, {exported.samples} samples",
+    }
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A folder beside the file to be, so that it can move to its place in one step; gone afterwards."""
+    target = Path(os.path.realpath(path))
+    try:
+        with TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise BntoolsError(f"{path}: cannot be written: {error.strerror or error} (nothing was written)") from error
+
+
+def _publish(onnx: ModuleType, file: Path, data: Path, path: Path) -> None:
+    """Give the verified file its name, its external weights first; those of a file it replaces go last."""
+    target = Path(os.path.realpath(path))
+    settled = target.with_name(data.name)
+    before = onnx.external_files(target) if target.is_file() else set()
+    try:
+        if data.exists():
+            os.replace(data, settled)
+        with atomic_write(path) as temporary:
+            os.replace(file, temporary)
+    except BaseException:
+        settled.unlink(missing_ok=True)
+        raise
+    for old in before:
+        if re.fullmatch(rf"{re.escape(target.stem)}\.[0-9a-f]{{8}}\.data", old):
+            with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
+                target.with_name(old).unlink()

@@ -1,0 +1,140 @@
+"""Model files: loading a model, saving it in the form it came in, and atomic writing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from bntools import backends, imports
+from bntools.errors import BntoolsError
+
+_origins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # model -> what its back end remembers of its file
+
+
+def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
+    """The model in a file, on the CPU; :func:`save` writes it back in the form it came in.
+
+    ``arch`` is for files that hold weights alone: a model, a callable without arguments that returns
+    one, or the name of either, ``package.module:factory``. ``allow`` names packages whose module
+    classes and enums may be unpickled, besides those of torch.nn, torchvision and timm. Nothing in
+    the file is ever executed.
+
+        model = bntools.load("resnet.safetensors", arch="torchvision.models:resnet18")
+
+    Raises BntoolsError where the file is missing, empty, damaged, no model, or holds what is not
+    admitted.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BntoolsError(f"{path}: no such file")
+    if not path.is_file():
+        raise BntoolsError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; expected a model file")
+    backend = _reading_and_writing(backends.of_path(path), path)
+    arch = imports.named(arch, "arch") if isinstance(arch, str) else arch
+    try:
+        if not path.stat().st_size:
+            raise BntoolsError(f"{path}: the file is empty")
+        model, origin = backend.load(str(path), arch=arch, allow=(allow,) if isinstance(allow, str) else tuple(allow))
+    except OSError as error:
+        raise BntoolsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with suppress(TypeError):  # a model type that cannot be referred to weakly, and so has no form to go back to
+        _origins[model] = origin
+    return model
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a model to a file, all or not at all, in the form in which it was loaded.
+
+    A checkpoint keeps its other entries, a safetensors file its metadata. Where the suffix asks for
+    another form than the model came in, or the model was not loaded from a file, the suffix decides:
+    ``.pt`` and ``.pth`` are the whole model pickled, ``.safetensors`` its state dict.
+
+    Raises BntoolsError where that form cannot hold the model (a state dict of a folded one, say) or
+    the file cannot be written; the file is then as before.
+    """
+    backend = _reading_and_writing(backends.of(model), path)
+    if backends.of_path(Path(path)) is not backend:
+        raise BntoolsError(f"{path}: a {type(model).__name__} is not saved as {Path(path).suffix}; use bntools.export")
+    with atomic_write(path) as temporary:
+        backend.save(model, str(path), temporary, origin(model))
+
+
+def _reading_and_writing(backend: ModuleType, path: str | os.PathLike[str]) -> ModuleType:
+    if hasattr(backend, "load"):
+        return backend
+    raise BntoolsError(
+        f"{path}: only PyTorch's files are loaded and saved; bntools.verify takes an ONNX file by its path"
+    )
+
+
+def origin(model: Any) -> Any:
+    """What is remembered of the file a model was loaded from, None if it was not or is a copy."""
+    try:
+        return _origins.get(model)
+    except TypeError:
+        return None
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file all or not at all: yields a temporary path in the same folder to write to.
+
+    When the block ends, what was written is flushed to the disk and takes the place of ``path`` in
+    one step, with the permissions of the file it replaces. When the block raises, anything at all,
+    the temporary file is removed and ``path`` is as before. The temporary path has the suffix of
+    ``path``; a symbolic link stays a link and the file it leads to is replaced.
+
+    Raises BntoolsError where the file cannot be written: no such folder, read-only, disk full.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        mode = _create(temporary, target)
+        yield temporary
+        _settle(temporary, target, mode)
+    except OSError as error:
+        raise BntoolsError(
+            f"{path}: cannot be written: {error.strerror or error} "
+            f"({'the file there is as before' if target.exists() else 'no file was left behind'})"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _check_target(path: str | os.PathLike[str], target: Path) -> None:
+    if target.is_dir():
+        raise BntoolsError(f"{path}: is a folder; expected the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise BntoolsError(f"{path}: is no regular file (a device or a pipe?), so it cannot be replaced by one")
+    if not target.parent.is_dir():
+        raise BntoolsError(f"{path}: the folder {target.parent} does not exist; create it first")
+
+
+def _create(temporary: Path, target: Path) -> int:
+    """Create the file with the permissions a new file gets here (umask) and return those to end with."""
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        default = os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+    return stat.S_IMODE(target.stat().st_mode if target.exists() else default)
+
+
+def _settle(temporary: Path, target: Path, mode: int) -> None:
+    """Flush, then replace. The permissions come last: some writers recreate the file they are given."""
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.chmod(temporary, mode)
+    os.replace(temporary, target)

@@ -1,0 +1,74 @@
+"""How data is to be read: the options of ``data.open``, checked, and what they do to a batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import isfinite, prod
+from typing import Any
+
+import numpy as np
+
+from bntools.errors import BntoolsError
+
+MOST_PIXELS = 89_478_485  # what Pillow, too, takes for the most of an honest image
+LAYOUTS = ("NCHW", "NHWC")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The options of :func:`bntools.data.open`, which describes them.
+
+    Raises BntoolsError, when made, for values that contradict each other or make no sense.
+    """
+
+    channels: int | None
+    size: tuple[int, int] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    batch_size: int
+    max_samples: int | None
+    seed: int
+    layout: str
+
+    def __post_init__(self) -> None:
+        problems = {
+            f"batch_size={self.batch_size}: expected at least 1": self.batch_size < 1,
+            f"max_samples={self.max_samples}: expected at least 1": self.max_samples is not None
+            and self.max_samples < 1,
+            f"layout={self.layout!r}: expected {' or '.join(LAYOUTS)}": self.layout not in LAYOUTS,
+            f"size={self.size}: expected (height, width) in pixels": self.size is not None
+            and (len(self.size) != 2 or min(self.size) < 1),
+            f"size={self.size}: more than {MOST_PIXELS:,} pixels an image": self.size is not None
+            and prod(self.size) > MOST_PIXELS,
+            f"mean={self.mean} and std={self.std}: expected finite numbers": not all(
+                map(isfinite, (*(self.mean or ()), *(self.std or ())))
+            ),
+            "mean= and std= belong together: give both": (self.mean is None) != (self.std is None),
+            f"std={self.std}: it divides, so its numbers must be positive": self.std is not None and min(self.std) <= 0,
+            f"mean= has {len(self.mean or ())} numbers and std= {len(self.std or ())}": len(self.mean or ())
+            != len(self.std or ()),
+        }
+        for message, holds in problems.items():
+            if holds:
+                raise BntoolsError(message)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether image batches have their channels on the last axis."""
+        return self.layout == "NHWC"
+
+    def record(self) -> dict[str, Any]:
+        """The options as they go into a record, and back into ``data.open``."""
+        return asdict(self)
+
+    def check_channels(self, source: str, channels: int) -> None:
+        """Refuse a mean that does not have one number (or one for all) for each channel of the data."""
+        if self.mean is not None and len(self.mean) not in (1, channels):
+            raise BntoolsError(f"{source}: mean= has {len(self.mean)} numbers, but the data has {channels} channels")
+
+    def normalized(self, batch: np.ndarray) -> np.ndarray:
+        """A float batch of shape (samples, channels, ...) with the mean subtracted and divided by std."""
+        if self.mean is None or self.std is None:
+            return batch
+        mean, std = (np.reshape(v, (1, -1, *[1] * (batch.ndim - 2))).astype(batch.dtype) for v in (self.mean, self.std))
+        return (batch - mean) / std

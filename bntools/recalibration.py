@@ -1,0 +1,320 @@
+"""The verb recalibrate: measure the statistics of BN layers anew, on other data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bntools import backends
+from bntools.batches import Batch, Source, is_repeatable
+from bntools.errors import BntoolsError
+from bntools.interrupts import uninterrupted
+from bntools.layer import BatchNorm, Selection, distance, select
+from bntools.moments import Moments
+from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
+from bntools.replicas import Measured, Order, one_by_one, virtual_batch
+
+METHODS = ("exact", "precise", "ema")
+FEW = 4  # samples on which two memory layouts are compared
+PILOT = 64  # samples from which a first standard error is taken
+SPARE = 0.7  # of the memory: activations come and go, and an allocator's gaps took up to a third more (glibc 2.36)
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def recalibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    method: str = "exact",
+    prior: float = 0,
+    layers: Selection = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    memory: int | None = None,
+    tolerance: float | None = None,
+    max_samples: int | None = None,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Recalibration:
+    """Measure the statistics of a model's BN layers on ``batches`` and store them, in place.
+
+    A batch is an array of shape (samples, ...), a tuple or list whose first element is one, or a
+    dict of keyword inputs; ``forward(model, batch)`` overrides how it goes into the model. Micro-batches may
+    be of any size: the exact result does not depend on it, nor on their order.
+
+    ``method="exact"`` gives what one batch of the whole data would give: every layer is measured behind
+    layers that already have their new statistics. ``"precise"`` pools mini-batch moments (Wu and
+    Johnson 2021, PreciseBN); ``"ema"`` is the framework's own moving average. ``prior=N`` weighs the
+    stored statistics as N samples against the measured ones. ``memory`` bounds what the waiting
+    micro-batches hold, in bytes (default: half of what is free); past it the data runs as several
+    virtual batches, which are pooled. ``tolerance`` stops as soon as the standard error of every channel's mean
+    is below it, in standard deviations; ``max_samples`` stops at that many. ``check`` measures the
+    residual by one more pass in eval mode. ``progress(what, samples, total)`` is called as it goes;
+    the total is None unless ``batches.samples`` tells it.
+
+    Layers that are frozen are left alone unless ``layers`` names them. Variances are divided by the count.
+    Raises BntoolsError, leaving the model as it was, for data that is empty, raises or is not finite, a
+    model that raises, and a layer that saw a single value per channel.
+
+        result = bntools.recalibrate(model, loader)
+        print(result.samples, result.residual)
+    """
+    _check_arguments(method, prior, memory, tolerance, max_samples)
+    backend = backends.of(model)
+    before = {layer.name: layer for layer in backend.layers(model)}
+    chosen, untouched = _targets(list(before.values()), layers)
+    if prior:
+        _check_prior(before[name] for name in chosen)
+    job = _Job(
+        backend=backend,
+        model=model,
+        forward=forward,
+        before={name: before[name] for name in chosen},
+        prior=prior,
+        progress=progress or (lambda *_: None),
+        memory=backend.free_memory(model) / 2 if memory is None else memory,
+        samples=getattr(batches, "samples", None),
+    )
+    try:
+        measured, passes, error = _measured(job, method, Source(batches, max_samples), tolerance)
+        untouched |= _finish(job, measured, write=method != "ema")
+        residuals, notes = _residuals(job, measured, batches) if check else ({}, [])
+    except BaseException:
+        with uninterrupted():
+            job.restore()
+        raise
+    result = Recalibration(
+        samples=measured.samples,
+        method=method,
+        residual=float(np.max(list(residuals.values()))) if residuals else None,
+        layers=list(_changes(job, measured, residuals)),
+        untouched=untouched,
+        virtual_batches=passes,
+        standard_error=error,
+        notes=notes,
+        _restore=job.restore,
+    )
+    result.notes.extend(remarks(result, measured, tolerance, prior))
+    return result
+
+
+@dataclass
+class _Job:
+    """One recalibration: the model, the layers to measure as they were, and how to write and undo."""
+
+    backend: ModuleType
+    model: Any
+    forward: Callable[[Any, Any], Any] | None
+    before: dict[str, BatchNorm]
+    prior: float
+    progress: Progress
+    memory: float
+    samples: int | None
+
+    def report(self, what: str, samples: int) -> None:
+        """Tell how far it is."""
+        self.progress(what, samples, self.samples)
+
+    def measuring(self, names: Iterable[str], **options: Any) -> Any:
+        """The back end's ``measuring`` on this model."""
+        return self.backend.measuring(self.model, list(names), forward=self.forward, **options)
+
+    def store(self, name: str, moments: Moments, samples: int, updates: int | None = None) -> None:
+        """Store what was measured of a layer, blended with the prior."""
+        moments = moments.numpy().blend(Moments.from_variance(1, *self.before[name].stats), samples, self.prior)
+        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()):
+            raise BntoolsError(
+                f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers that "
+                f"are not finite: choose a smaller prior"
+            )
+        self.backend.write(self.model, {name: (moments.mean, moments.var, updates)})
+
+    def restore(self) -> None:
+        """Write the statistics as they were."""
+        self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
+
+
+def _measured(job: _Job, method: str, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
+    """What the method measures, in how many virtual batches, and the standard error if it was asked for."""
+    if method == "exact":
+        return _exact(job, source, tolerance)
+    with job.measuring(job.before, normalize="batch" if method == "precise" else "update") as start:
+        return one_by_one(start, source, "recalibrating", job.report), 0, None
+
+
+def _exact(job: _Job, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
+    """Virtual batches until the data, or what the tolerance needs of it, is used up.
+
+    With a tolerance, a first virtual batch tells how many samples are needed; while memory
+    allows, they run together with the first ones as one larger virtual batch.
+    """
+    order, total, passes, error = Order(list(job.before)), Measured(), 0, None
+    wanted: float = math.inf if tolerance is None else PILOT
+
+    def report(what: str, samples: int) -> None:
+        job.progress(what, total.samples + samples, job.samples)
+
+    def release(name: str, moments: Moments, samples: int) -> None:
+        # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
+        moments = moments.merge(total.moments[name]) if name in total.moments else moments
+        if moments.count > 1:
+            job.store(name, moments, total.samples + samples)
+
+    with job.measuring(job.before, per_sample=tolerance is not None, memory=job.memory) as start:
+        memory = (job.memory - start.held) * SPARE
+        while True:
+            part = virtual_batch(start, source, order, release, memory=memory, wanted=wanted, progress=report)
+            if part is None:
+                return total, passes, error
+            both = _pooled(total, part)
+            if tolerance is not None:
+                error = _standard_error(job, both)
+                if error > tolerance and part.samples >= wanted:
+                    source.give_back(part.batches)
+                    wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
+                    continue
+            total, passes = both, passes + 1
+            if tolerance is not None and error is not None and error <= tolerance:
+                return total, passes, error
+
+
+def _pooled(total: Measured, part: Measured) -> Measured:
+    pooled = Measured(batches=[*total.batches, *part.batches] if not total.samples else [])
+    pooled.include(total)
+    pooled.include(part)
+    return pooled
+
+
+def _finish(job: _Job, measured: Measured, write: bool) -> dict[str, str]:
+    """Write the pooled statistics; returns the layers that were never reached."""
+    if not measured.samples:
+        raise BntoolsError("the data holds no samples: nothing was measured")
+    if not measured.moments:
+        raise BntoolsError(f"none of the {len(job.before)} BN layers was reached in a forward pass")
+    for name, moments in measured.moments.items():
+        if moments.count < 2:
+            raise BntoolsError(
+                f"layer {name!r} saw a single value per channel in all of the data, from which no variance can be "
+                f"taken: give at least two samples"
+            )
+        if write:
+            # One update a sample, at least so many that inspect does not take the initial value to be inside:
+            # a counter that does not depend on the size of the batches.
+            updates = max(measured.samples, job.before[name].forgets_after)
+            job.store(name, moments, measured.samples, updates)
+    return {name: "never reached in a forward pass" for name in job.before if name not in measured.moments}
+
+
+def _residuals(job: _Job, measured: Measured, batches: Any) -> tuple[dict[str, float], list[str]]:
+    """What eval mode now sees at each layer, against what is stored."""
+    notes = []
+    if measured.batches:
+        again, sample = iter(measured.batches), measured.batches[0]
+    elif is_repeatable(batches):
+        again = iter(Source(batches, measured.samples))
+        sample = next(again)
+        again = chain([sample], again)
+        notes = ["the residual was measured on a second reading of the data; a shuffled loader may differ"]
+    else:
+        return {}, ["the residual was not measured: the data can be read only once, and not all of it was kept"]
+    job.samples = measured.samples
+    stored = {layer.name: layer for layer in job.backend.layers(job.model)}
+    # One batch at a time, unlike the exact method, and in the model's own memory layout where that tells.
+    memory = job.memory if _same_in_any_layout(job, stored, measured.moments, sample.head(FEW)) else 0
+    with job.measuring(measured.moments, memory=memory) as start:
+        seen = one_by_one(start, again, "checking", job.report).moments
+    return {name: _gap(stored[name], moments.numpy()) for name, moments in seen.items()}, notes
+
+
+def _same_in_any_layout(job: _Job, stored: dict[str, BatchNorm], names: Iterable[str], batch: Batch) -> bool:
+    """Whether the model computes the same, to rounding, in the layout in which it was measured and in its own."""
+    means = []
+    for memory in (0, job.memory):
+        try:
+            with job.measuring(names, memory=memory) as start:
+                means.append(one_by_one(start, [batch], "checking", lambda *_: None).moments)
+        except BntoolsError:  # so few samples at once are more than some models take
+            return False
+    return all(
+        distance((own.numpy().mean, stored[name].stats[1]), (means[1][name].numpy().mean, stored[name].stats[1]), 1e-5)
+        < SUSPECT
+        for name, own in means[0].items()
+    )
+
+
+def _gap(layer: BatchNorm, seen: Moments) -> float:
+    return distance(layer.stats, (seen.mean, seen.var), layer.eps)
+
+
+def _changes(job: _Job, measured: Measured, residuals: dict[str, float]) -> Iterator[LayerChange]:
+    for after in job.backend.layers(job.model):
+        if after.name in measured.moments:
+            before = job.before[after.name]
+            drift = distance(before.stats, after.stats, before.eps)
+            yield LayerChange(after.name, before, after, drift, residuals.get(after.name))
+
+
+def _standard_error(job: _Job, measured: Measured) -> float:
+    """The largest standard error of a channel's mean, in the layer's standard deviations."""
+    return max(
+        float(np.max(moments.standard_error() / np.sqrt(measured.moments[name].numpy().var + job.before[name].eps)))
+        for name, moments in measured.sample_moments.items()
+    )
+
+
+def _targets(layers: list[BatchNorm], wanted: Selection) -> tuple[list[str], dict[str, str]]:
+    """The names to recalibrate, and the reason for each of the others."""
+    selected = {layer.name for layer in select(layers, wanted)}
+    reasons = {layer.name: _reason(layer, layer.name in selected, named=wanted is not None) for layer in layers}
+    chosen = [name for name, reason in reasons.items() if reason is None]
+    untouched = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not chosen:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(untouched.items())[:5])
+        raise BntoolsError(f"none of the {len(layers)} BN layers can be recalibrated ({listed})")
+    return chosen, untouched
+
+
+def _reason(layer: BatchNorm, selected: bool, named: bool) -> str | None:
+    if not selected:
+        return "not selected by layers="
+    if not layer.initialized:
+        raise BntoolsError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
+    if not layer.tracked:
+        return "keeps no statistics (track_running_stats=False)"
+    if not layer.pooled:
+        return "instance normalization: its statistics are averages over instances, not moments of the data"
+    if layer.stats_frozen and not named:
+        return "frozen: name it in layers= to recalibrate it"
+    return None
+
+
+def _check_prior(layers: Iterable[BatchNorm]) -> None:
+    for layer in layers:
+        mean, var = layer.stats
+        if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+            raise BntoolsError(
+                f"found prior= although the stored statistics of layer {layer.name!r} are not finite or negative: "
+                f"leave prior= out, or reset the layer first"
+            )
+
+
+def _check_arguments(
+    method: str, prior: float, memory: int | None, tolerance: float | None, max_samples: int | None
+) -> None:
+    if method not in METHODS:
+        raise BntoolsError(f"found method={method!r}, expected one of {', '.join(METHODS)}")
+    if not 0 <= prior < math.inf:
+        raise BntoolsError(f"found prior={prior!r}, expected a number of samples, 0 or more")
+    for name, value in (("memory", memory), ("tolerance", tolerance), ("max_samples", max_samples)):
+        if value is not None and not value > 0:
+            raise BntoolsError(f"found {name}={value!r}, expected a positive number")
+    if method == "ema" and prior:
+        raise BntoolsError("found prior= with method='ema': the moving average weighs the stored statistics itself")
+    if method != "exact" and tolerance is not None:
+        raise BntoolsError(f"found tolerance= with method={method!r}: only the exact method measures standard errors")

@@ -1,0 +1,5 @@
+"""``python -m bntools.cli``."""
+
+from . import main
+
+main(prog_name="bntools")

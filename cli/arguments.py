@@ -1,0 +1,95 @@
+"""Arguments and options that several commands share, and how their values are read.
+
+Values are checked while the command line is parsed, so that a typing error costs no start of a
+framework.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LONGEST = 2**31 - 1  # of one axis
+
+
+class Finite(click.FloatRange):
+    """A number in a range, but neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: expected a finite number", param, ctx)
+        return number
+
+
+class Sizes(click.ParamType):
+    """Positive whole numbers such as ``224``, ``224,192`` or ``3x224x224``, as a tuple."""
+
+    name = "sizes"
+
+    def __init__(self, fewest: int, most: int):
+        self.fewest, self.most = fewest, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read the numbers between commas or x."""
+        if isinstance(value, tuple):
+            return value
+        parts = re.split("[,x]", value)
+        if not self.fewest <= len(parts) <= self.most:
+            self.fail(f"{value!r}: expected {self.fewest} to {self.most} numbers", param, ctx)
+        if not all(part.isdecimal() and 0 < int(part) <= LONGEST for part in parts):
+            self.fail(f"{value!r}: expected whole numbers from 1 to {LONGEST:,}, such as 3,224,224", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class Bytes(click.ParamType):
+    """An amount of memory such as ``4GiB`` or ``500MB``, in bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a number and its unit."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
+        if match is None or match[2].upper() not in UNITS:
+            self.fail(f"{value!r}: expected an amount of memory such as 4GiB or 500MB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+model = click.argument("model", type=click.Path(path_type=Path))
+data = click.argument("data")
+optional_data = click.argument("data", required=False)
+
+arch = click.option(
+    "--arch",
+    metavar="MODULE:FACTORY",
+    help="What builds the model that a state dict or checkpoint belongs to.",
+)
+allow = click.option(
+    "--allow", multiple=True, metavar="PACKAGE", help="Admit nn.Module classes of this package in a pickled model."
+)
+layers = click.option(
+    "--layers", multiple=True, metavar="GLOB", help="Only these layers: a name or a glob, several times if need be."
+)
+target = click.option(
+    "-o", "--output", "target", type=click.Path(path_type=Path), help="Where to write; by default beside MODEL."
+)
+in_place = click.option("--in-place", is_flag=True, help="Replace MODEL itself.")
+force = click.option("--force", is_flag=True, help="Overwrite what exists.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
+
+shape = click.option(
+    "--shape", type=Sizes(1, 8), metavar="C,H,W", help="Shape of one sample, to try the model on random input."
+)
+tolerance = click.option("--tolerance", type=Finite(min=0, min_open=True), help="Scale-relative error to accept.")
+providers = click.option(
+    "--provider", "providers", multiple=True, help="ONNX Runtime provider that must run: cpu, cuda, tensorrt, ..."
+)
+opset = click.option("--opset", type=click.IntRange(min=7), help="ONNX opset version; by default the exporter's own.")

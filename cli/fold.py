@@ -1,0 +1,90 @@
+"""``bntools fold``: BN absorbed into the weights beside it, as a model file or as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bntools.errors import BntoolsError
+
+from . import arguments, output, paths, progress, shipping
+from .loading import example, load
+from .reading import Reading, reading_options
+
+
+@click.command(short_help="Absorb BN into the weights beside it.")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@arguments.optional_data
+@arguments.target
+@click.option("--export", "exported", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Write an ONNX file.")
+@arguments.force
+@arguments.shape
+@reading_options
+@arguments.layers
+@arguments.arch
+@arguments.allow
+@arguments.as_json
+def command(
+    model: Path | None,
+    data: str | None,
+    target: Path | None,
+    exported: Path | None,
+    force: bool,
+    shape: tuple[int, ...] | None,
+    reading: Reading,
+    layers: tuple[str, ...],
+    arch: str | None,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Fold the BN layers of MODEL into the weights beside them, and check that nothing changed.
+
+    With --export model.onnx the result is a verified ONNX file, and MODEL may be left out: it is then
+    the newest of model.recalibrated.* and model.* in that folder. With -o the result stays in the
+    framework's own format. DATA or --shape say what the model takes; after bntools recalibrate the
+    record knows. More options for ONNX: bntools export.
+    """
+    written = target or exported
+    if written is None or (target and exported):
+        raise click.UsageError("say where to write: either --export OUT.onnx or -o OUT.pt")
+    if (written.suffix.lower() == ".onnx") != (exported is not None):
+        other = f"for ONNX use --export {target}" if target else f"for that use -o {exported}"
+        raise click.UsageError(f"--export writes an .onnx file, -o a model in the framework's own format: {other}")
+    if exported is not None and layers:
+        raise click.UsageError("--layers goes with -o: an ONNX file has all of its BN folded")
+    if written.suffix == ".safetensors":
+        raise BntoolsError(
+            f"{written}: a folded model does not fit its --arch any more (BN is gone, biases have come), so its "
+            f"tensors alone could not be loaded again: write a .pt, which holds the whole model, or --export ONNX"
+        )
+    paths.refuse_existing(written, force=force)
+    if model is None:
+        model = _choose(written, as_json)
+    loaded = load(model, arch, allow)
+    batch, described = example(model, loaded, data, shape, reading)
+    output.say(f"trying it on {described}", quiet=as_json)
+    if exported is not None:
+        shipping.export(model, loaded, exported, batch, as_json=as_json)
+    else:
+        _fold(model, loaded, written, batch, layers, as_json)
+
+
+def _choose(written: Path, as_json: bool) -> Path:
+    model, candidates = paths.newest_model(written)
+    others = f", the newest of {', '.join(path.name for path in candidates)}" if len(candidates) > 1 else ""
+    output.say(f"folding {model}{others}", quiet=as_json)
+    return model
+
+
+def _fold(model: Path, loaded: Any, written: Path, batch: Any, layers: tuple[str, ...], as_json: bool) -> None:
+    import bntools
+
+    with progress.step(f"folding {model}"):
+        result = bntools.fold(loaded, batch, layers=layers or None)
+    bntools.save(result.model, written)
+    if as_json:
+        output.as_json(shipping.record(model, written, result.folded, result.kept, result.check))
+    else:
+        shipping.show(result.folded, result.kept, result.check, written)

@@ -1,0 +1,118 @@
+"""``bntools inspect``: what a model's BN layers hold, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import arguments, output
+from .loading import load
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bntools.layer import BatchNorm
+
+# What most models have in common in all layers is said once, above the table.
+COMMON = ("kind", "eps", "momentum", "updates", "frozen")
+
+
+@click.command(short_help="What BN layers hold, and what is wrong.")
+@arguments.model
+@arguments.arch
+@arguments.allow
+@arguments.layers
+@arguments.as_json
+def command(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple[str, ...], as_json: bool) -> None:
+    """What the BN layers of MODEL hold, and what is wrong with them."""
+    loaded = load(model, arch, allow)
+    import bntools
+    from bntools.layer import select
+
+    found = bntools.inspect(loaded)
+    if layers or not found:
+        found = select(found, layers or None)
+    if as_json:
+        output.as_json({"model": str(model), "layers": [_record(layer) for layer in found]})
+        return
+    _print_table(found)
+    _print_problems(found)
+
+
+def _print_table(layers: list[BatchNorm]) -> None:
+    cells = [_cells(layer) for layer in layers]
+    common = [key for key in COMMON if len({row[key] for row in cells}) == 1]
+    columns = [key for key in cells[0] if key not in common]
+    features = sum(layer.features for layer in layers)
+    said = [cells[0][key] if key == "kind" else f"{key} {cells[0][key]}" for key in common]
+    click.echo(f"{output.counted(len(layers), 'BN layer')}, {features:,} channels")
+    if said:
+        click.echo(f"all: {', '.join(said)}")
+    output.table(columns, [[row[key] for key in columns] for row in cells])
+
+
+def _print_problems(layers: list[BatchNorm]) -> None:
+    ill = [layer for layer in layers if layer.problems]
+    if not ill:
+        click.echo("no problems found")
+        return
+    click.echo(f"problems in {len(ill)} of {output.counted(len(layers), 'layer')}:")
+    names: dict[str, list[str]] = {}
+    for layer in ill:
+        for problem in layer.problems:
+            names.setdefault(problem, []).append(layer.name)
+    for problem, having in names.items():
+        click.echo(f"  {_some(having)}: {problem}")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _cells(layer: BatchNorm) -> dict[str, str]:
+    return {
+        "layer": layer.name,
+        "kind": layer.kind,
+        "channels": str(layer.features),
+        "eps": output.number(layer.eps),
+        "momentum": output.number(layer.momentum),
+        "updates": "-" if layer.updates is None else f"{layer.updates:,}",
+        "mean": _span(layer.mean),
+        "variance": _span(layer.var),
+        "frozen": _frozen(layer),
+        "problems": str(len(layer.problems)) if layer.problems else "",
+    }
+
+
+def _span(values: np.ndarray | None) -> str:
+    return "-" if values is None or not values.size else f"{values.min():.3g} .. {values.max():.3g}"
+
+
+def _frozen(layer: BatchNorm) -> str:
+    if layer.stats_frozen and layer.affine_frozen:
+        return "yes"
+    return "statistics" if layer.stats_frozen else "affine" if layer.affine_frozen else "no"
+
+
+def _record(layer: BatchNorm) -> dict[str, Any]:
+    arrays = {"mean": layer.mean, "var": layer.var, "scale": layer.scale, "shift": layer.shift}
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "features": layer.features,
+        "axis": layer.axis,
+        "eps": layer.eps,
+        "momentum": layer.momentum,
+        "updates": layer.updates,
+        "initial_share": layer.initial_share,
+        "dtype": layer.dtype,
+        "stats_frozen": layer.stats_frozen,
+        "affine_frozen": layer.affine_frozen,
+        "ranges": {
+            key: None if a is None or not a.size else {"min": a.min(), "max": a.max()} for key, a in arrays.items()
+        },
+        "problems": layer.problems,
+    }

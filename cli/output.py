@@ -1,0 +1,85 @@
+"""What the commands print: a table on a terminal, plain text in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def say(text: str = "", quiet: bool = False) -> None:
+    """Print a line on stdout, unless the command was asked for JSON."""
+    if not quiet:
+        click.echo(text)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, most: int | None = None) -> None:
+    """Print rows under headers, the first column to the left and the others to the right.
+
+    With ``most`` a terminal shows as many rows and says how many it left out; a pipe gets all of them.
+    """
+    if not rows:
+        return
+    if not sys.stdout.isatty():
+        click.echo("\n".join(_plain([headers, *rows])))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        shown.add_column(header, justify="right" if index else "left", overflow="fold")
+    for row in rows[:most]:
+        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console().print(shown)
+    if most is not None and len(rows) > most:
+        click.echo(f"... and {len(rows) - most} more")
+
+
+def as_json(value: Any) -> None:
+    """Print a value as JSON, numbers that JSON does not know (NaN, Inf) as null."""
+    click.echo(json.dumps(jsonable(value), indent=2, allow_nan=False))
+
+
+def jsonable(value: Any) -> Any:
+    """The same value in terms of JSON: arrays as lists, NaN and Inf as null, keys as strings."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def number(value: float | None) -> str:
+    """A number with three significant digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal; a dash where there is none."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``1,200 layers``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _plain(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,111 @@
+"""``bntools recalibrate``: measure the statistics anew on data, and write the model and a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import arguments, output, progress, records
+from .loading import load
+from .reading import Reading, reading_options, said_when_skipped
+
+
+@click.command(short_help="Measure statistics anew on data.")
+@arguments.model
+@arguments.data
+@arguments.target
+@arguments.in_place
+@arguments.force
+@click.option("--method", type=click.Choice(["exact", "precise", "ema"]), default="exact", show_default=True)
+@click.option(
+    "--prior", type=arguments.Finite(min=0), default=0, metavar="N", help="Count the stored statistics as N samples."
+)
+@click.option("--memory", type=arguments.Bytes(), metavar="SIZE", help="For activations held at once, such as 4GiB.")
+@click.option(
+    "--tolerance",
+    type=arguments.Finite(min=0, min_open=True),
+    help="Stop once the standard error of every mean is below this, in standard deviations.",
+)
+@click.option("--no-check", is_flag=True, help="Do not measure the residual: saves a pass over DATA.")
+@reading_options
+@arguments.layers
+@arguments.arch
+@arguments.allow
+@arguments.as_json
+def command(
+    model: Path,
+    data: str,
+    target: Path | None,
+    in_place: bool,
+    force: bool,
+    method: str,
+    prior: float,
+    memory: int | None,
+    tolerance: float | None,
+    no_check: bool,
+    reading: Reading,
+    layers: tuple[str, ...],
+    arch: str | None,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure the BN statistics of MODEL anew on DATA, without training and without labels.
+
+    Writes MODEL.recalibrated.pt and the record MODEL.recalibrated.json beside it. DATA is a folder of
+    images, a .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a function
+    package.module:function that yields batches.
+    """
+    written, record_path = records.destinations(model, target, in_place, force)
+    loaded = load(model, arch, allow)
+    import bntools
+
+    batches = reading.open(data, loaded)
+    output.say(f"{data}: {batches.description}", quiet=as_json)
+    with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
+        result = bntools.recalibrate(
+            loaded,
+            batches,
+            method=method,
+            prior=prior,
+            layers=layers or None,
+            memory=memory,
+            tolerance=tolerance,
+            check=not no_check,
+            progress=report,
+        )
+    start = records.provenance("recalibrate", model, written)
+    record = {**start, "input": batches.spec, **records.recalibration(result)}
+    records.write_both(loaded, written, record, record_path)
+    if as_json:
+        output.as_json(record)
+    else:
+        _print(result, [written, record_path])
+
+
+def _print(result: Any, written: list[Path]) -> None:
+    rows = sorted(result.layers, key=lambda layer: -layer.drift)
+    output.table(
+        ["layer", "drift", "mean before", "after", "std before", "after"],
+        [
+            [
+                layer.name,
+                output.number(layer.drift),
+                *(output.number(float(stats.mean.mean())) for stats in (layer.before, layer.after)),
+                *(output.number(float(stats.std.mean())) for stats in (layer.before, layer.after)),
+            ]
+            for layer in rows
+        ],
+        most=20,
+    )
+    for name, reason in result.untouched.items():
+        click.echo(f"untouched: {name}: {reason}")
+    for note in result.notes:
+        click.echo(note)
+    residual = "" if result.residual is None else f", residual {result.residual:.1e}"
+    click.echo(
+        f"recalibrated {output.counted(len(result.layers), 'BN layer')} on "
+        f"{output.counted(result.samples, 'sample')}{residual}"
+    )
+    click.echo(f"wrote {' and '.join(str(path) for path in written)}")

@@ -1,0 +1,149 @@
+"""The record that lies beside a model bntools wrote: what was done, with what, and how it went."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bntools import __version__
+from bntools.errors import BntoolsError
+
+from . import paths
+from .output import jsonable
+
+PACKAGES = ("torch", "numpy", "pillow", "onnx", "onnxruntime")
+
+
+def destinations(model: Path, target: Path | None, in_place: bool, force: bool) -> tuple[Path, Path]:
+    """Where a recalibrated model and its record go.
+
+    Raises BntoolsError if that would overwrite something: only ``--in-place`` replaces the model, and
+    then also the record of an earlier time, but no other file of that name.
+    """
+    written = paths.destination(model, "recalibrated", target, in_place)
+    record = paths.record_of(written)
+    paths.refuse_existing(written, force=force or in_place)
+    paths.refuse_existing(record, force=force or (in_place and read(record) is not None))
+    return written, record
+
+
+def provenance(verb: str, model: Path, output: Path) -> dict[str, Any]:
+    """What a record begins with: command, date, versions, and the file that was read."""
+    return {
+        "bntools": __version__,
+        "verb": verb,
+        "command": click.get_current_context().obj,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "source": {"file": str(model), "sha256": _sha256(model)},
+        "output": str(output),
+    }
+
+
+def recalibration(result: Any) -> dict[str, Any]:
+    """What a recalibration did: figures first, then statistics before and after, layer by layer."""
+    return {
+        "method": result.method,
+        "samples": result.samples,
+        "virtual_batches": result.virtual_batches,
+        "residual": result.residual,
+        "standard_error": result.standard_error,
+        "notes": list(result.notes),
+        "untouched": dict(result.untouched),
+        "layers": [
+            {
+                "name": layer.name,
+                "drift": layer.drift,
+                "before": {"mean": layer.before.mean, "var": layer.before.var},
+                "after": {"mean": layer.after.mean, "var": layer.after.var},
+            }
+            for layer in result.layers
+        ],
+    }
+
+
+def text(record: dict[str, Any]) -> str:
+    """The record as JSON, with one line for each layer: there are thousands of numbers in it."""
+    head = jsonable({**record, "layers": []})
+    lines = ",\n".join(f"    {json.dumps(jsonable(layer), allow_nan=False)}" for layer in record.get("layers", ()))
+    body = json.dumps(head, indent=2, allow_nan=False)
+    return body.removesuffix("[]\n}") + (f"[\n{lines}\n  ]\n}}\n" if lines else "[]\n}\n")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The record at this path; None if there is none or the file is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and "bntools" in record else None
+
+
+def write_both(model: Any, output: Path, record: dict[str, Any], record_path: Path) -> None:
+    """Write a model and its record, or neither: a failure of one leaves both files as they were."""
+    import bntools
+    from bntools.files import atomic_write
+
+    with _kept(Path(os.path.realpath(output))), atomic_write(record_path) as temporary:
+        temporary.write_text(text(record), encoding="utf-8")
+        bntools.save(model, output)
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """If the block fails, put back the file that was at this path, or none if there was none."""
+    backup = _backup(path) if path.exists() else None
+    try:
+        yield
+    except BaseException:
+        if backup is not None:
+            os.replace(backup, path)
+        else:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        # also after putting it back: renaming one of two names of the same file removes neither
+        if backup is not None:
+            backup.unlink(missing_ok=True)
+
+
+def _backup(path: Path) -> Path:
+    """A second name for a file, or a copy where the file system knows no second names."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        os.unlink(name)
+        try:
+            os.link(path, name)
+        except OSError:
+            shutil.copy2(path, name)
+    except OSError as error:
+        raise BntoolsError(f"{path}: cannot be replaced: {error}") from error
+    return Path(name)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

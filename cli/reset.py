@@ -1,0 +1,49 @@
+"""``bntools reset``: statistics back to mean 0 and variance 1, for training them anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import arguments, output, paths
+from .loading import load
+
+
+@click.command(short_help="Statistics back to mean 0, variance 1.")
+@arguments.model
+@arguments.target
+@arguments.in_place
+@arguments.force
+@arguments.layers
+@arguments.arch
+@arguments.allow
+@arguments.as_json
+def command(
+    model: Path,
+    target: Path | None,
+    in_place: bool,
+    force: bool,
+    layers: tuple[str, ...],
+    arch: str | None,
+    allow: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Set the BN statistics of MODEL to mean 0 and variance 1, and write MODEL.reset.pt.
+
+    Frozen layers are left as they are unless --layers names them. Eval mode is wrong afterwards until
+    the statistics were trained or recalibrated.
+    """
+    written = paths.destination(model, "reset", target, in_place)
+    paths.refuse_existing(written, force=force or in_place)
+    loaded = load(model, arch, allow)
+    import bntools
+
+    total = len(bntools.inspect(loaded))
+    names = bntools.reset(loaded, layers=layers or None)
+    bntools.save(loaded, written)
+    if as_json:
+        output.as_json({"model": str(model), "output": str(written), "reset": names})
+        return
+    click.echo(f"reset {len(names)} of {output.counted(total, 'BN layer')}")
+    click.echo(f"wrote {written}")

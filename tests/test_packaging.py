@@ -1,0 +1,97 @@
+"""What is in the wheel, and what an import of bntools costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    """The names in a wheel built from the sources that git knows, or would know."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("bntools-*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def tracked() -> list[str]:
+    """The files of the project: what is there and not ignored."""
+    skipped = {".git", ".venv", "build", "dist", "__pycache__"}
+    files = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
+    return [str(path) for path in files if not skipped & set(path.parts) and not path.parts[0].startswith(".")]
+
+
+def test_the_wheel_holds_the_whole_tree(wheel):
+    """Every module of bntools and of cli, and the marker of its types, is in the wheel under its place."""
+    expected = {name for name in tracked() if name.startswith("bntools/") and name.endswith((".py", "py.typed"))}
+    expected |= {f"bntools/{name}" for name in tracked() if name.startswith("cli/") and name.endswith(".py")}
+    assert {name for name in wheel if ".dist-info/" not in name} == expected
+    assert "bntools/cli/recalibrate.py" in expected
+    assert "bntools/backends/torch/layers.py" in expected
+
+
+def test_the_wheel_installs_one_package(wheel):
+    """Nothing but bntools is at the top: no cli, no tests, no samples."""
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"bntools"}
+
+
+def test_the_wheel_holds_license_and_script(wheel):
+    """The license travels along, and the console script is declared."""
+    assert any(name.endswith("LICENSE") for name in wheel)
+    assert any(name.endswith("entry_points.txt") for name in wheel)
+
+
+@pytest.mark.parametrize("code", ["import bntools", "import bntools.cli", "import bntools; dir(bntools)"])
+def test_importing_bntools_imports_no_framework(code):
+    """Importing bntools, its command line, or listing its names imports neither a framework nor NumPy."""
+    frameworks = ("torch", "keras", "tensorflow", "onnx", "onnxruntime", "numpy")
+    code = f"import sys; {code}; print([name for name in {frameworks} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_all_public_names_are_there():
+    """Every name that bntools offers can be had from it."""
+    import bntools
+
+    assert [name for name in bntools.__all__ if getattr(bntools, name, None) is None] == []
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = bntools.nonsense
+
+
+def test_only_back_ends_import_frameworks():
+    """No module outside bntools/backends, and none of another back end, imports a framework."""
+    owners = {"torch": "torch", "torchvision": "torch", "onnx": "onnx", "onnxruntime": "onnx", "keras": "keras"}
+    wrong = []
+    for name in tracked():
+        if not name.startswith(("bntools/", "cli/")) or not name.endswith(".py"):
+            continue
+        for module in imported(ROOT / name):
+            owner = owners.get(module)
+            if owner is not None and not name.startswith(f"bntools/backends/{owner}/"):
+                wrong.append(f"{name} imports {module}")
+    assert wrong == []
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a file imports, anywhere in it."""
+    import ast
+
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found
