@@ -39,6 +39,8 @@ def scale_shift(layer: BatchNorm) -> Affine:
 
     Both have shape (features,). Raises BntoolsError where the statistics allow no such thing.
     """
+    if layer.obstacle:
+        raise BntoolsError(layer.obstacle)
     if layer.mean is None or layer.var is None:
         raise BntoolsError("it keeps no statistics and normalizes with each batch's own")
     gamma = np.ones_like(layer.mean) if layer.scale is None else layer.scale

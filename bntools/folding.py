@@ -57,6 +57,7 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
         print(folded)                       # folded 51 of 53, kept 2: ...
     """
     backend = backends.of(model)
+    given, model = model, backend.edit(model)
     found = backend.layers(model)
     chosen = {layer.name for layer in select(found, layers)}
     affines, fixed = _affines(found, chosen)
@@ -70,7 +71,7 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
         if not isinstance(trial, str):
             names = [layer.name for layer in found]
             kept = {name: kept[name] for name in names if name in kept}
-            return Folded(trial[0], [name for name in names if name not in kept], kept, trial[1])
+            return Folded(backend.handed(trial[0], given), [name for name in names if name not in kept], kept, trial[1])
         if not steps:
             raise BntoolsError(f"the model does not agree with its own copy on the example: {trial}")
         first, problem = _culprit(backend, model, graph, steps, example, trial)

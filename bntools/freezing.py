@@ -87,7 +87,8 @@ def reset(model: Any, *, layers: Selection = None) -> list[str]:
     the statistics were trained or recalibrated. Raises BntoolsError where nothing could be reset.
     """
     backend = backends.of(model)
-    chosen = [layer for layer in select(backend.layers(model), layers) if layer.tracked]
+    model = backend.edit(model)
+    chosen = [layer for layer in select(backend.layers(model), layers) if layer.tracked and not layer.obstacle]
     if layers is None:
         chosen = [layer for layer in chosen if not layer.stats_frozen]
     if not chosen:
@@ -97,6 +98,7 @@ def reset(model: Any, *, layers: Selection = None) -> list[str]:
         )
     names = [layer.name for layer in chosen]
     backend.reset(model, names)
+    backend.commit(model)
     return names
 
 

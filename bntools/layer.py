@@ -33,7 +33,8 @@ class BatchNorm:
     ``dtype`` is how the model stores the statistics. ``stats_frozen`` holds where
     training cannot move the statistics, also after ``model.train()``. ``pooled`` is False for
     instance normalization, whose statistics are averages over instances. ``remarks`` are problems
-    that only the back end can see.
+    that only the back end can see; ``obstacle`` says why the statistics can be neither measured nor stored nor
+    folded where they lie, and is empty where they can.
     """
 
     name: str
@@ -54,6 +55,7 @@ class BatchNorm:
     dtype: str = "float32"
     pooled: bool = True
     remarks: tuple[str, ...] = ()
+    obstacle: str = ""
 
     @property
     def problems(self) -> list[str]:
@@ -156,7 +158,7 @@ def _still_initial(mean: np.ndarray, var: np.ndarray, updates: int | None) -> bo
 
 
 def _stats_problems(layer: BatchNorm) -> Iterator[str]:
-    if not layer.initialized:
+    if not layer.initialized or layer.obstacle:
         return
     if not layer.tracked:
         yield "statistics are not tracked: eval mode normalizes with each batch's own"

@@ -67,6 +67,7 @@ def recalibrate(
     """
     _check_arguments(method, prior, memory, tolerance, max_samples)
     backend = backends.of(model)
+    model = backend.edit(model)
     before = {layer.name: layer for layer in backend.layers(model)}
     chosen, untouched = _targets(list(before.values()), layers)
     if prior:
@@ -85,6 +86,8 @@ def recalibrate(
         measured, passes, error = _measured(job, method, Source(batches, max_samples), tolerance)
         untouched |= _finish(job, measured, write=method != "ema")
         residuals, notes = _residuals(job, measured, batches) if check else ({}, [])
+        with uninterrupted():
+            backend.commit(model)
     except BaseException:
         with uninterrupted():
             job.restore()
@@ -98,7 +101,7 @@ def recalibrate(
         virtual_batches=passes,
         standard_error=error,
         notes=notes,
-        _restore=job.restore,
+        _restore=job.undo,
     )
     result.notes.extend(remarks(result, measured, tolerance, prior))
     return result
@@ -138,6 +141,11 @@ class _Job:
     def restore(self) -> None:
         """Write the statistics as they were."""
         self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
+
+    def undo(self) -> None:
+        """Give the user's model the statistics that it had."""
+        self.restore()
+        self.backend.commit(self.model)
 
 
 def _measured(job: _Job, method: str, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
@@ -283,6 +291,8 @@ def _targets(layers: list[BatchNorm], wanted: Selection) -> tuple[list[str], dic
 def _reason(layer: BatchNorm, selected: bool, named: bool) -> str | None:
     if not selected:
         return "not selected by layers="
+    if layer.obstacle:
+        return layer.obstacle
     if not layer.initialized:
         raise BntoolsError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
     if not layer.tracked:

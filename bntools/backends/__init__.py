@@ -2,7 +2,7 @@
 
 A back end is a package of plain functions under the same names:
 
-    layers  write  freeze  unfreeze  reset  measuring  graph  absorb  predict  export  load  save
+    layers  edit  write  commit  freeze  unfreeze  reset  measuring  graph  absorb  handed  predict  export  load  save
 
 It is found by looking at the model's type and at what is already imported, so that asking imports
 no framework that the caller does not have in hand (the way einops does it).
@@ -21,7 +21,7 @@ from bntools.errors import BntoolsError
 # back end -> the types it serves, as (imported module, attribute)
 SERVED = {
     "torch": [("torch.nn", "Module")],
-    "onnx": [("onnx", "ModelProto")],
+    "onnx": [("onnx", "ModelProto"), ("onnx_ir", "Model"), ("bntools.backends.onnx.document", "Document")],
 }
 SUFFIXES = {
     ".pt": "torch",
@@ -35,7 +35,9 @@ SUFFIXES = {
 
 
 def of(model: Any) -> ModuleType:
-    """The back end of a model in memory."""
+    """The back end of a model in memory, or of an ONNX file by its path."""
+    if isinstance(model, (str, Path)):
+        return _of_onnx_path(Path(model))
     for name, types in SERVED.items():
         for module, attribute in types:
             served = getattr(sys.modules.get(module), attribute, None)
@@ -43,7 +45,7 @@ def of(model: Any) -> ModuleType:
                 return backend(name)
     raise BntoolsError(
         f"found a {type(model).__module__}.{type(model).__qualname__} where a model was expected: "
-        f"bntools serves {' and '.join(f'{m}.{a}' for types in SERVED.values() for m, a in types)}"
+        f"bntools serves torch.nn.Module, onnx.ModelProto, onnx_ir.Model and the path of an .onnx file"
     )
 
 
@@ -53,6 +55,15 @@ def of_path(path: str | Path) -> ModuleType:
     if suffix not in SUFFIXES:
         raise BntoolsError(f"{path}: unknown kind of model file {suffix!r}: expected one of {', '.join(SUFFIXES)}")
     return backend(SUFFIXES[suffix])
+
+
+def _of_onnx_path(path: Path) -> ModuleType:
+    if path.suffix.lower() == ".onnx":
+        return backend("onnx")
+    raise BntoolsError(
+        f"found the path {str(path)!r} where a model was expected: only an .onnx file is taken by its path; "
+        f"load any other first, with bntools.load"
+    )
 
 
 def backend(name: str) -> ModuleType:

@@ -1,24 +1,44 @@
-"""The ONNX back end: onnx.ModelProto and .onnx files, run by ONNX Runtime."""
+"""The ONNX back end: onnx.ModelProto, onnx_ir.Model and .onnx files, run by ONNX Runtime.
 
+Looking at a file needs neither ONNX Runtime nor onnx_ir, which take their time to import: what needs them is
+imported from its home when it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from typing import Any
 
+from bntools.backends.onnx.document import opened
+from bntools.backends.onnx.editing import commit, edit, handed, reset, write
+from bntools.backends.onnx.layers import layers
 from bntools.backends.onnx.protobuf import check, external_files
-from bntools.backends.onnx.running import predict, runners
-from bntools.backends.onnx.session import require
-from bntools.backends.onnx.tidying import tidy
-from bntools.backends.onnx.writing import add_metadata
-from bntools.errors import BntoolsError
 
-__all__ = ["add_metadata", "check", "external_files", "predict", "require", "runners", "tidy"]
+__all__ = ["check", "commit", "edit", "external_files", "handed", "layers", "opened", "reset", "write"]
 
-# What the verbs that change a model, or look at its layers, ask a back end for.
-_MISSING = ("EXPORTERS", "absorb", "export", "freeze", "graph", "layers", "measuring", "reset", "unfreeze", "write")
+# Homes are called otherwise than their functions: a submodule is an attribute of its package as well.
+_HOME = {
+    "EXPORTERS": "shipping",
+    "absorb": "surgery",
+    "add_metadata": "writing",
+    "export": "shipping",
+    "free_memory": "memory",
+    "freeze": "freezing",
+    "graph": "describing",
+    "input_channels": "inputs",
+    "load": "files",
+    "measuring": "replica",
+    "predict": "running",
+    "require": "session",
+    "runners": "running",
+    "save": "files",
+    "tidy": "tidying",
+    "to_inference": "inference",
+    "unfreeze": "freezing",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MISSING:
-        raise BntoolsError(
-            "found an ONNX model: of ONNX models this version serves bntools.verify only, and bntools.export writes "
-            "them; for anything else take the model that the file was exported from"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

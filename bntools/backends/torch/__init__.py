@@ -1,6 +1,7 @@
 """The PyTorch back end: nn.Module."""
 
 from bntools.backends.torch.arrays import arrays
+from bntools.backends.torch.editing import commit, edit, handed
 from bntools.backends.torch.export import EXPORTERS, export
 from bntools.backends.torch.files import load, save
 from bntools.backends.torch.freezing import freeze, reset, unfreeze
@@ -17,10 +18,13 @@ __all__ = [
     "EXPORTERS",
     "absorb",
     "arrays",
+    "commit",
+    "edit",
     "export",
     "free_memory",
     "freeze",
     "graph",
+    "handed",
     "input_channels",
     "layers",
     "load",

@@ -1,0 +1,184 @@
+"""Document: an ONNX model in hand, and the constants in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from bntools.backends.onnx.protobuf import read
+from bntools.errors import BntoolsError
+from bntools.layer import Stats
+
+# What leaves a constant a constant, and is computed where its value is asked for.
+PASSING = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
+FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
+
+
+class Document:
+    """A protobuf message, the folder in which its external weights lie, and statistics not yet written into it.
+
+    Verbs work on a Document. ``stats`` holds what they want to store, by layer; ``editing.commit`` carries
+    it into the message and from there into ``source``, which is what the user gave: a ModelProto (then
+    ``proto`` is that very message), an onnx_ir.Model or a path. Until then nothing of the user's has changed.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, folder: Path | None = None, source: Any = None, name: str = ""):
+        self.proto = proto
+        self.folder = folder
+        self.source = source
+        self.name = name or (f"the ONNX model {proto.graph.name!r}" if proto.graph.name else "the ONNX model")
+        self.stats: dict[str, Stats] = {}
+        self.originals: dict[str, Any] = {}  # what layers read before, for putting it back
+        self.keep: Any = None  # what has to live as long as the document: a temporary folder of its weights
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Index the message anew, after it was changed."""
+        graph = self.proto.graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers = {output: node for node in graph.node for output in node.output if output}
+        self.inputs = {value.name for value in graph.input}
+        self.outputs = {value.name for value in graph.output}
+
+    @property
+    def external(self) -> bool:
+        """Whether weights of the model lie in other files."""
+        return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self.proto.graph.initializer)
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators that the model uses."""
+        return max((one.version for one in self.proto.opset_import if one.domain in ("", "ai.onnx")), default=1)
+
+    def overridable(self, name: str) -> bool:
+        """Whether an initializer is only the default of an input, which callers may replace."""
+        return name in self.inputs and self.proto.ir_version >= FIRST_IR_WITH_CONSTANT_INITIALIZERS
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of a constant of the main graph; None for what is an input or computed."""
+        if name in self.initializers:
+            return None if self.overridable(name) else self.array(self.initializers[name])
+        node = self.producers.get(name)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            return self._of_constant(node)
+        if node.op_type not in PASSING:
+            return None
+        values = {one: self.constant(one) for one in node.input if one}
+        if any(value is None for value in values.values()):
+            return None
+        return self._evaluated(node, {one: value for one, value in values.items() if value is not None})
+
+    def array(self, tensor: onnx.TensorProto) -> np.ndarray:
+        """The values of a tensor, wherever they lie. Raises BntoolsError where they cannot be read."""
+        try:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                return numpy_helper.to_array(tensor)
+            return self._external(tensor)
+        except (ValueError, TypeError, OSError, KeyError) as error:
+            raise BntoolsError(f"{self.name}: the values of {tensor.name!r} cannot be read: {error}") from error
+
+    def _external(self, tensor: onnx.TensorProto) -> np.ndarray:
+        if self.folder is None:
+            raise BntoolsError(
+                "the weights of this onnx.ModelProto lie in external files and are not loaded: "
+                "pass the path of the .onnx file, or load it with onnx.load(path)"
+            )
+        place: dict[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        count = int(np.prod(tensor.dims, dtype=np.int64))
+        with open(self.folder / place["location"], "rb") as file:
+            values = np.fromfile(file, dtype, count, offset=int(place.get("offset") or 0))
+        if values.size != count:
+            raise ValueError(f"{place['location']} ends after {values.size} of {count} values")
+        return values.reshape(tuple(tensor.dims))
+
+    def _of_constant(self, node: onnx.NodeProto) -> np.ndarray | None:
+        for attribute in node.attribute:
+            if attribute.name == "value":
+                return self.array(attribute.t)
+            if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
+                value = onnx.helper.get_attribute_value(attribute)
+                return np.asarray(value, np.float32 if "float" in attribute.name else np.int64)
+        return None
+
+    def _evaluated(self, node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
+        from onnx.reference import ReferenceEvaluator  # here: slow to import, rarely needed
+
+        inputs = [onnx.helper.make_empty_tensor_value_info(one) for one in values]
+        outputs = [onnx.helper.make_empty_tensor_value_info(node.output[0])]
+        graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
+        model = onnx.helper.make_model(graph, opset_imports=list(self.proto.opset_import))
+        results: Any = ReferenceEvaluator(model).run(None, values)
+        return np.asarray(results[0])
+
+    def uses(self, name: str) -> int:
+        """How many node inputs and graph outputs read a value of the main graph, subgraphs included."""
+        return sum(list(node.input).count(name) for node in all_nodes(self.proto.graph)) + (name in self.outputs)
+
+    def unused_name(self, wanted: str) -> str:
+        """A name for a new value that nothing in the main graph has yet."""
+        taken = {one for node in all_nodes(self.proto.graph) for one in (*node.input, *node.output)}
+        taken |= self.initializers.keys() | self.inputs
+        name, number = wanted, 1
+        while name in taken:
+            name, number = f"{wanted}_{number}", number + 1
+        return name
+
+
+def opened(model: Any) -> Document:
+    """The document of a model in any of its forms, for reading.
+
+    A ModelProto is used as it is, an onnx_ir.Model is converted, a path is read without its external weights.
+    """
+    if isinstance(model, Document):
+        return model
+    if isinstance(model, onnx.ModelProto):
+        return Document(model, source=model)
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        return Document(read(path), path.resolve().parent, source=path, name=str(path))
+    return _of_ir(model)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs inside a node: the branches of an If, the body of a Loop."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of all graphs inside it."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def _of_ir(model: Any) -> Document:
+    import onnx_ir as ir
+
+    try:
+        proto = ir.to_proto(model)
+    except Exception as error:  # an ir.Model may hold anything; whatever cannot be written is the caller's to see
+        raise BntoolsError(f"this onnx_ir.Model cannot be serialized: {error}") from error
+    folders = {
+        Path(value.const_value.base_dir).resolve()
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    if len(folders) > 1:
+        raise BntoolsError(
+            f"the external weights of this onnx_ir.Model lie in {len(folders)} folders: save it first "
+            f"(onnx_ir.save(model, path, external_data=...)) and load it again"
+        )
+    return Document(proto, next(iter(folders), None), source=model)

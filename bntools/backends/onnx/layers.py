@@ -1,0 +1,149 @@
+"""The BN layers of an ONNX graph as records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from bntools.backends.onnx.document import Document, opened, subgraphs
+from bntools.backends.onnx.tracing import scopes
+from bntools.layer import BatchNorm, Stats
+
+OP = "BatchNormalization"
+EPS, MOMENTUM = 1e-5, 0.9  # the operator's defaults in every opset
+SCALE, SHIFT, MEAN, VAR = 1, 2, 3, 4  # places among its inputs
+
+
+@dataclass(frozen=True)
+class Found:
+    """A BatchNormalization node: its layer's name, and where it lies if not in the main graph."""
+
+    name: str
+    node: onnx.NodeProto
+    inside: str = ""
+
+
+def layers(model: Any) -> list[BatchNorm]:
+    """The record of every BatchNormalization, in the order of the file.
+
+    A layer is called by the prefix that the names of its constants share (``layer1.0.bn1`` for
+    ``layer1.0.bn1.running_mean``), else by the source module that the exporter left in the file, by its
+    node or by its output: the first of these that only this layer has.
+    """
+    document = opened(model)
+    return [_record(document, one) for one in found(document)]
+
+
+def found(document: Document) -> list[Found]:
+    """Every BatchNormalization node with its layer's name, also in subgraphs and functions."""
+    nodes = list(_nodes(document.proto))
+    candidates = [_candidates(node) for node, _ in nodes]
+    counts = Counter(name for names in candidates for name in dict.fromkeys(names))
+    taken: set[str] = set()
+    result = []
+    for (node, inside), names in zip(nodes, candidates, strict=True):
+        name = next((one for one in names if counts[one] == 1), names[-1])
+        while name in taken:  # two branches of an If may use the same names inside
+            name += "'"
+        taken.add(name)
+        result.append(Found(name, node, inside))
+    return result
+
+
+def trains(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether a BatchNormalization normalizes with each batch's own statistics and updates the stored ones."""
+    if opset >= 14:
+        return bool(attribute(node, "training_mode", 0))
+    if opset >= 7:
+        return sum(map(bool, node.output)) > 1
+    return not attribute(node, "is_test", 0)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute."""
+    return next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+
+
+def obstacle(document: Document, one: Found) -> str:
+    """Why the statistics of a layer can be neither measured nor folded; empty where they can."""
+    if one.inside:
+        return f"it lies {one.inside}"
+    if not attribute(one.node, "spatial", 1):
+        return "it keeps statistics per element (spatial=0), not per channel"
+    for place, what in ((MEAN, "mean"), (VAR, "variance"), (SCALE, "scale"), (SHIFT, "shift")):
+        name = one.node.input[place]
+        if document.constant(name) is None:
+            how = "an input of the graph" if name in document.inputs else "computed in the graph"
+            return f"its {what} is no constant but {how}"
+    return ""
+
+
+def _record(document: Document, one: Found) -> BatchNorm:
+    node = one.node
+    # In a subgraph or function only what is a constant of the main graph is known.
+    arrays = [_array(document, one, place) for place in (MEAN, VAR, SCALE, SHIFT)]
+    mean, var, scale, shift = (None if array is None else array.astype(np.float64) for array in arrays)
+    if one.name in document.stats:
+        mean, var = document.stats[one.name]
+    known = next((array for array in arrays if array is not None), np.zeros(0, np.float32))
+    training = trains(node, document.opset)
+    remarks = ["training mode: normalizes with each batch's own statistics"] * training
+    reason = obstacle(document, one)
+    return BatchNorm(
+        name=one.name,
+        kind=OP,
+        features=known.size,
+        axis=1,
+        eps=attribute(node, "epsilon", EPS),
+        momentum=attribute(node, "momentum", MOMENTUM),
+        mean=mean,
+        var=var,
+        scale=scale,
+        shift=shift,
+        updates=None,
+        stats_frozen=False,
+        affine_frozen=False,
+        dtype=str(arrays[0].dtype) if arrays[0] is not None else str(known.dtype),
+        remarks=(*remarks, *([reason] if reason else [])),
+        obstacle=reason,
+    )
+
+
+def stats_of(document: Document, one: Found) -> Stats:
+    """The stored statistics of a layer without an obstacle, float64."""
+    mean, var = (_array(document, one, place) for place in (MEAN, VAR))
+    assert mean is not None
+    assert var is not None
+    return mean.astype(np.float64), var.astype(np.float64)
+
+
+def _array(document: Document, one: Found, place: int) -> np.ndarray | None:
+    return document.constant(one.node.input[place]) if len(one.node.input) > place else None
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
+    yield from _in_graph(model.graph.node, "")
+    for function in model.functions:
+        yield from _in_graph(function.node, f"in the function {function.name!r}")
+
+
+def _in_graph(nodes: Any, inside: str) -> Iterator[tuple[onnx.NodeProto, str]]:
+    for node in nodes:
+        if node.op_type == OP and node.domain in ("", "ai.onnx"):
+            yield node, inside
+        for graph in subgraphs(node):
+            yield from _in_graph(
+                graph.node, inside or f"in a subgraph of {node.op_type} {node.name or node.output[0]!r}"
+            )
+
+
+def _candidates(node: onnx.NodeProto) -> list[str]:
+    prefixes = {name[: max(name.rfind("."), name.rfind("/"), 0)] for name in node.input[1:]}
+    shared = prefixes.pop() if len(prefixes) == 1 else ""
+    module = next(iter(scopes(node)[-1:]), "")
+    return [name for name in (shared, module, node.name, node.output[0]) if name]
