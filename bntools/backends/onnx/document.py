@@ -16,6 +16,7 @@ from bntools.layer import Stats
 
 # What leaves a constant a constant, and is computed where its value is asked for.
 PASSING = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
+CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")  # attributes of Constant, tensors
 FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
 
 
@@ -75,6 +76,17 @@ class Document:
             return None
         return self._evaluated(node, {one: value for one, value in values.items() if value is not None})
 
+    def is_constant(self, name: str) -> bool:
+        """Whether a value of the main graph has a ``constant``, told without reading any weight."""
+        if name in self.initializers:
+            return not self.overridable(name)
+        node = self.producers.get(name)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type == "Constant":
+            return any(one.name in CONSTANTS for one in node.attribute)
+        return node.op_type in PASSING and all(self.is_constant(one) for one in node.input if one)
+
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """The values of a tensor, wherever they lie. Raises BntoolsError where they cannot be read."""
         try:
@@ -103,7 +115,7 @@ class Document:
         for attribute in node.attribute:
             if attribute.name == "value":
                 return self.array(attribute.t)
-            if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
+            if attribute.name in CONSTANTS:
                 value = onnx.helper.get_attribute_value(attribute)
                 return np.asarray(value, np.float32 if "float" in attribute.name else np.int64)
         return None
