@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import bntools
 from bntools import backends
 from bntools.batches import count
+from bntools.datafiles import data_file, flush
 from bntools.errors import BntoolsError, VerificationError
 from bntools.files import atomic_write
 from bntools.resizing import redrawn, resized, shuffled
@@ -93,20 +92,19 @@ def export(
     runner = backend.runners(model)[0]
     plans, notes = _plans(runner.run, example, exporters)
     source, folded, kept, remarks = _folded(backend, model, example)
-    data_name = f"{path.stem}.{secrets.token_hex(4)}.data"
 
     def attempt(plan: Plan, file: Path) -> Verification:
         raw = file.with_name("exported.onnx")
         backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
-        onnx.tidy(raw, file, data_name, opset)
+        onnx.tidy(raw, file, data.name, opset)
         onnx.check(file)
         return verify(model, file, plan.batches, providers=providers, tolerance=tolerance)
 
-    with _workshop(path) as folder:
+    with data_file(path, onnx.external_files) as data, _workshop(path) as folder:
         file, plan, check, failures = _first_that_verifies(plans, folder, path.name, attempt)
         exported = _exported(check, plan, folded, kept, [*notes, *remarks, *failures, *check.notes])
         onnx.add_metadata(file, _record(runner.name, backend, exported))
-        _publish(onnx, file, file.with_name(data_name), path)
+        _publish(file, data, path)
     return exported
 
 
@@ -234,20 +232,11 @@ def _workshop(path: Path) -> Iterator[Path]:
         raise BntoolsError(f"{path}: cannot be written: {error.strerror or error} (nothing was written)") from error
 
 
-def _publish(onnx: ModuleType, file: Path, data: Path, path: Path) -> None:
-    """Give the verified file its name, its external weights first; those of a file it replaces go last."""
-    target = Path(os.path.realpath(path))
-    settled = target.with_name(data.name)
-    before = onnx.external_files(target) if target.is_file() else set()
-    try:
-        if data.exists():
-            os.replace(data, settled)
-        with atomic_write(path) as temporary:
-            os.replace(file, temporary)
-    except BaseException:
-        settled.unlink(missing_ok=True)
-        raise
-    for old in before:
-        if re.fullmatch(rf"{re.escape(target.stem)}\.[0-9a-f]{{8}}\.data", old):
-            with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
-                target.with_name(old).unlink()
+def _publish(file: Path, data: Path, path: Path) -> None:
+    """Give the verified file its name, its external weights first; ``data`` is the place of those."""
+    written = file.with_name(data.name)
+    if written.exists():
+        flush(written)
+        os.replace(written, data)
+    with atomic_write(path) as temporary:
+        os.replace(file, temporary)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from bntools import backends, imports
+from bntools.datafiles import data_file
 from bntools.errors import BntoolsError
 
 _origins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # model -> what its back end remembers of its file
@@ -20,6 +20,8 @@ _origins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # model -> what its
 
 def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
     """The model in a file, on the CPU; :func:`save` writes it back in the form it came in.
+
+    An ``.onnx`` file gives an onnx.ModelProto, or an onnx_ir.Model where its weights lie in external files.
 
     ``arch`` is for files that hold weights alone: a model, a callable without arguments that returns
     one, or the name of either, ``package.module:factory``. ``allow`` names packages whose module
@@ -36,7 +38,7 @@ def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str]
         raise BntoolsError(f"{path}: no such file")
     if not path.is_file():
         raise BntoolsError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; expected a model file")
-    backend = _reading_and_writing(backends.of_path(path), path)
+    backend = backends.of_path(path)
     arch = imports.named(arch, "arch") if isinstance(arch, str) else arch
     try:
         if not path.stat().st_size:
@@ -52,26 +54,21 @@ def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str]
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a model to a file, all or not at all, in the form in which it was loaded.
 
-    A checkpoint keeps its other entries, a safetensors file its metadata. Where the suffix asks for
+    A checkpoint keeps its other entries, a safetensors file its metadata; weights of an ONNX model that lie in
+    external files go to one such file, ``model.1a2b3c4d.data``, beside the new file. Where the suffix asks for
     another form than the model came in, or the model was not loaded from a file, the suffix decides:
     ``.pt`` and ``.pth`` are the whole model pickled, ``.safetensors`` its state dict.
 
     Raises BntoolsError where that form cannot hold the model (a state dict of a folded one, say) or
     the file cannot be written; the file is then as before.
     """
-    backend = _reading_and_writing(backends.of(model), path)
+    backend = backends.of(model)
     if backends.of_path(Path(path)) is not backend:
-        raise BntoolsError(f"{path}: a {type(model).__name__} is not saved as {Path(path).suffix}; use bntools.export")
-    with atomic_write(path) as temporary:
-        backend.save(model, str(path), temporary, origin(model))
-
-
-def _reading_and_writing(backend: ModuleType, path: str | os.PathLike[str]) -> ModuleType:
-    if hasattr(backend, "load"):
-        return backend
-    raise BntoolsError(
-        f"{path}: only PyTorch's files are loaded and saved; bntools.verify takes an ONNX file by its path"
-    )
+        remedy = "an ONNX model is saved as .onnx" if hasattr(backend, "external_files") else "use bntools.export"
+        raise BntoolsError(f"{path}: a {type(model).__name__} is not saved as {Path(path).suffix}; {remedy}")
+    referred: Callable[[Path], set[str]] = getattr(backend, "external_files", lambda _: set())
+    with data_file(path, referred) as data, atomic_write(path) as temporary:
+        backend.save(model, str(path), temporary, origin(model), data)
 
 
 def origin(model: Any) -> Any:

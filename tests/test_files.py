@@ -157,10 +157,10 @@ def test_targets_that_cannot_be_files(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_onnx_files_are_not_loaded_to_be_changed(tmp_path):
-    """An ONNX file is refused with the verb that takes it by its path."""
+def test_text_named_onnx(tmp_path):
+    """A file that is no ONNX model is refused with what it is."""
     (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(BntoolsError, match=r"bntools\.verify takes an ONNX file by its path"):
+    with pytest.raises(BntoolsError, match=r"a\.onnx: found text where an ONNX model was expected"):
         bntools.load(tmp_path / "a.onnx")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bntools.backends.onnx.protobuf import read
+from bntools.backends.onnx.protobuf import byte_count, is_external, place_of, read
 from bntools.errors import BntoolsError
 from bntools.layer import Stats
 
@@ -49,7 +49,7 @@ class Document:
     @property
     def external(self) -> bool:
         """Whether weights of the model lie in other files."""
-        return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self.proto.graph.initializer)
+        return any(map(is_external, self.proto.graph.initializer))
 
     @property
     def opset(self) -> int:
@@ -90,25 +90,17 @@ class Document:
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """The values of a tensor, wherever they lie. Raises BntoolsError where they cannot be read."""
         try:
-            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            if not is_external(tensor):
+                byte_count(tensor)  # refuses shapes that numpy would interpret
                 return numpy_helper.to_array(tensor)
             return self._external(tensor)
         except (ValueError, TypeError, OSError, KeyError) as error:
             raise BntoolsError(f"{self.name}: the values of {tensor.name!r} cannot be read: {error}") from error
 
     def _external(self, tensor: onnx.TensorProto) -> np.ndarray:
-        if self.folder is None:
-            raise BntoolsError(
-                "the weights of this onnx.ModelProto lie in external files and are not loaded: "
-                "pass the path of the .onnx file, or load it with onnx.load(path)"
-            )
-        place: dict[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+        place = place_of(tensor, self.folder, self.name)
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        count = int(np.prod(tensor.dims, dtype=np.int64))
-        with open(self.folder / place["location"], "rb") as file:
-            values = np.fromfile(file, dtype, count, offset=int(place.get("offset") or 0))
-        if values.size != count:
-            raise ValueError(f"{place['location']} ends after {values.size} of {count} values")
+        values = np.fromfile(place.path, dtype, place.length // dtype.itemsize, offset=place.offset)
         return values.reshape(tuple(tensor.dims))
 
     def _of_constant(self, node: onnx.NodeProto) -> np.ndarray | None:

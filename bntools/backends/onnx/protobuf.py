@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -12,6 +14,10 @@ from bntools.errors import BntoolsError
 from bntools.noise import brief
 
 Source = str | Path | onnx.ModelProto
+NOT_LOADED = (
+    "the weights of this onnx.ModelProto lie in external files and are not loaded: "
+    "pass the path of the .onnx file, or load it with onnx.load(path)"
+)
 
 
 def read(path: str | Path) -> onnx.ModelProto:
@@ -36,10 +42,7 @@ def read(path: str | Path) -> onnx.ModelProto:
 def serialized(model: onnx.ModelProto) -> bytes:
     """The model as bytes that can run without its file."""
     if any(True for _ in external_locations(model)):
-        raise BntoolsError(
-            "the weights of this onnx.ModelProto lie in external files and are not loaded: "
-            "pass the path of the .onnx file, or load it with onnx.load(path)"
-        )
+        raise BntoolsError(NOT_LOADED)
     try:
         return model.SerializeToString()
     except (EncodeError, ValueError) as error:
@@ -58,23 +61,85 @@ def check(path: Path) -> None:
 
 
 def check_external(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse external weights that are missing or lie outside the folder of the model."""
+    """Refuse external weights that are missing, lie outside the folder of the model, or do not fit their file."""
     folder = path.resolve().parent
-    for tensor, location in external_locations(model):
-        target = (folder / location).resolve()
-        if not location or not target.is_relative_to(folder):
-            raise BntoolsError(
-                f"{path}: the weights of {tensor!r} are said to lie in {location!r}, outside its folder: refused"
-            )
-        if not target.is_file():
-            raise BntoolsError(f"{path}: the weights of {tensor!r} lie in {location!r}, which is not there")
+    known: set[str] = set()
+    for tensor in tensors(model):
+        if is_external(tensor) and (name := location_of(tensor)) not in known:
+            _within(folder, name, tensor.name, str(path))
+            known.add(name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the values of an external tensor lie: ``length`` bytes of a file from ``offset`` on."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+def place_of(tensor: onnx.TensorProto, folder: Path | None, name: str) -> Place:
+    """Where the values of an external tensor lie.
+
+    ``folder`` is that of the model, ``name`` what messages call it. Raises BntoolsError where the file is missing or
+    lies outside the folder, ValueError where the values do not fit into it or their number contradicts the shape.
+    """
+    if folder is None:
+        raise BntoolsError(NOT_LOADED)
+    path = _within(folder, location_of(tensor), tensor.name, name)
+    entries: dict[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+    offset, size = int(entries.get("offset") or 0), path.stat().st_size
+    wanted = byte_count(tensor)
+    length = int(entries.get("length") or (size - offset if wanted is None else wanted))
+    if wanted is not None and length != wanted:
+        raise ValueError(f"its shape {tuple(tensor.dims)} takes {wanted:,} bytes, and {length:,} are said to be there")
+    if offset < 0 or length < 0 or offset + length > size:
+        raise ValueError(f"{path.name} holds {size:,} bytes, and the {length:,} from {offset:,} on are asked for")
+    return Place(path, offset, length)
+
+
+def byte_count(tensor: onnx.TensorProto) -> int | None:
+    """How many bytes the values of a tensor of this shape take; None for types that share bytes or have no size.
+
+    Raises ValueError for a shape that no array has.
+    """
+    if any(size < 0 for size in tensor.dims):
+        raise ValueError(f"its shape {tuple(tensor.dims)} has a negative size")
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    if kind == "string" or kind.endswith(("int4", "int2")) or kind.startswith(("float4", "float6")):
+        return None
+    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _within(folder: Path, location: str, tensor: str, name: str) -> Path:
+    try:
+        path = (folder / location).resolve()
+        inside, there = bool(location) and path.is_relative_to(folder), path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        inside, there = True, False
+    if not inside:
+        raise BntoolsError(
+            f"{name}: the weights of {tensor!r} are said to lie in {location!r}, outside its folder: refused"
+        )
+    if not there:
+        raise BntoolsError(f"{name}: the weights of {tensor!r} lie in {location!r}, which is not there")
+    return path
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether the values of a tensor lie in another file."""
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def location_of(tensor: onnx.TensorProto) -> str:
+    """The file that a tensor names for its values, as the model writes it."""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
 def external_locations(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """Every tensor whose values lie in another file, with the place that the model names for it."""
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor.name, next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    return ((one.name, location_of(one)) for one in tensors(model) if is_external(one))
 
 
 def external_files(path: Path) -> set[str]:
@@ -85,7 +150,8 @@ def external_files(path: Path) -> set[str]:
         return set()
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model holds: initializers, also sparse ones and those of subgraphs, and attributes."""
     yield from model.graph.initializer
     yield from _sparse(model.graph)
     for nodes in (model.graph.node, *(function.node for function in model.functions)):

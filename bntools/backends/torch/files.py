@@ -75,11 +75,12 @@ def load(path: str, arch: Arch | None = None, allow: Sequence[str] = ()) -> tupl
     return model, Origin(path, "state dict", holds, entry, weights.fill(path, model, found))
 
 
-def save(model: nn.Module, path: str, temporary: Path, origin: Origin | None = None) -> None:
+def save(model: nn.Module, path: str, temporary: Path, origin: Origin | None = None, data: Path | None = None) -> None:
     """Write a model to ``temporary`` in the form that its origin and the suffix of ``path`` ask for.
 
     A checkpoint keeps its other entries, a safetensors file its metadata, an exported program its
-    graph. Raises BntoolsError where the form cannot hold the model; ``path`` names it in messages.
+    graph. No form needs a second file, ``data``. Raises BntoolsError where the form cannot hold the model; ``path``
+    names it in messages.
     """
     model = model if isinstance(model, nn.DataParallel) else unwrap(model)
     suffix = Path(path).suffix.lower()
