@@ -14,8 +14,13 @@ from bntools.backends.onnx.protobuf import byte_count, is_external, place_of, re
 from bntools.errors import BntoolsError
 from bntools.layer import Stats
 
-# What leaves a constant a constant, and is computed where its value is asked for.
-PASSING = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
+STANDARD = ("", "ai.onnx")
+# What makes constants of constants, and is computed where its value is asked for.
+PURE = frozenset(
+    ["Abs", "Add", "Cast", "CastLike", "Ceil", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Floor"]
+    + ["Gather", "Identity", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceProd", "Reshape", "Shape"]
+    + ["Size", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"]
+)
 CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")  # attributes of Constant, tensors
 FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
 
@@ -45,6 +50,7 @@ class Document:
         self.producers = {output: node for node in graph.node for output in node.output if output}
         self.inputs = {value.name for value in graph.input}
         self.outputs = {value.name for value in graph.output}
+        self._constants: set[str] | None = None
 
     @property
     def external(self) -> bool:
@@ -60,32 +66,33 @@ class Document:
         """Whether an initializer is only the default of an input, which callers may replace."""
         return name in self.inputs and self.proto.ir_version >= FIRST_IR_WITH_CONSTANT_INITIALIZERS
 
-    def constant(self, name: str) -> np.ndarray | None:
-        """The value of a constant of the main graph; None for what is an input or computed."""
-        if name in self.initializers:
-            return None if self.overridable(name) else self.array(self.initializers[name])
-        node = self.producers.get(name)
-        if node is None or node.domain not in ("", "ai.onnx"):
-            return None
-        if node.op_type == "Constant":
-            return self._of_constant(node)
-        if node.op_type not in PASSING:
-            return None
-        values = {one: self.constant(one) for one in node.input if one}
-        if any(value is None for value in values.values()):
-            return None
-        return self._evaluated(node, {one: value for one, value in values.items() if value is not None})
+    @property
+    def constants(self) -> set[str]:
+        """The values of the main graph that are the same in every run, told without reading any weight."""
+        if self._constants is None:
+            known = {name for name in self.initializers if not self.overridable(name)}
+            for node in self.proto.graph.node:
+                if _makes_constants(node, known):
+                    known.update(node.output)
+            self._constants = known
+        return self._constants
 
-    def is_constant(self, name: str) -> bool:
-        """Whether a value of the main graph has a ``constant``, told without reading any weight."""
-        if name in self.initializers:
-            return not self.overridable(name)
-        node = self.producers.get(name)
-        if node is None or node.domain not in ("", "ai.onnx"):
-            return False
-        if node.op_type == "Constant":
-            return any(one.name in CONSTANTS for one in node.attribute)
-        return node.op_type in PASSING and all(self.is_constant(one) for one in node.input if one)
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of a constant of the main graph; None for what is an input or computed from one."""
+        return self._constant(name, {}) if name in self.constants else None
+
+    def _constant(self, name: str, known: dict[str, np.ndarray]) -> np.ndarray:
+        if name not in known:
+            node = self.producers.get(name)
+            if name in self.initializers:
+                known[name] = self.array(self.initializers[name])
+            elif node is not None and node.op_type == "Constant":
+                known[name] = self._of_constant(node)
+            elif node is not None and node.op_type == "CastLike":
+                known[name] = self._cast_like(node, known)
+            elif node is not None:
+                known[name] = self._evaluated(node, {one: self._constant(one, known) for one in node.input if one})
+        return known[name]
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """The values of a tensor, wherever they lie. Raises BntoolsError where they cannot be read."""
@@ -103,14 +110,20 @@ class Document:
         values = np.fromfile(place.path, dtype, place.length // dtype.itemsize, offset=place.offset)
         return values.reshape(tuple(tensor.dims))
 
-    def _of_constant(self, node: onnx.NodeProto) -> np.ndarray | None:
-        for attribute in node.attribute:
-            if attribute.name == "value":
-                return self.array(attribute.t)
-            if attribute.name in CONSTANTS:
-                value = onnx.helper.get_attribute_value(attribute)
-                return np.asarray(value, np.float32 if "float" in attribute.name else np.int64)
-        return None
+    def _of_constant(self, node: onnx.NodeProto) -> np.ndarray:
+        attribute = next(one for one in node.attribute if one.name in CONSTANTS)
+        if attribute.name == "value":
+            return self.array(attribute.t)
+        value = onnx.helper.get_attribute_value(attribute)
+        return np.asarray(value, np.float32 if "float" in attribute.name else np.int64)
+
+    def _cast_like(self, node: onnx.NodeProto, known: dict[str, np.ndarray]) -> np.ndarray:
+        from bntools.backends.onnx.valuetypes import value_types  # here: it describes documents
+
+        value, kind = self._constant(node.input[0], known), value_types(self).get(node.input[1])
+        if kind is None:
+            raise BntoolsError(f"{self.name}: the type of {node.input[1]!r} is unknown, and {node.output[0]!r} has it")
+        return value.astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
     def _evaluated(self, node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
         from onnx.reference import ReferenceEvaluator  # here: slow to import, rarely needed
@@ -149,6 +162,17 @@ def opened(model: Any) -> Document:
         path = Path(model)
         return Document(read(path), path.resolve().parent, source=path, name=str(path))
     return _of_ir(model)
+
+
+def _makes_constants(node: onnx.NodeProto, known: set[str]) -> bool:
+    """Whether what a node computes is constant where the values in ``known`` are."""
+    if node.domain not in STANDARD:
+        return False
+    if node.op_type == "Constant":
+        return any(one.name in CONSTANTS for one in node.attribute)
+    read = [name for name in node.input if name]
+    # Of its second input CastLike takes only the type.
+    return node.op_type in PURE and bool(read) and known.issuperset(read[:1] if node.op_type == "CastLike" else read)
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from bntools.backends.onnx.document import Document
+from bntools.backends.onnx.document import STANDARD, Document
 from bntools.backends.onnx.protobuf import serialized
 from bntools.backends.onnx.running import feed
 from bntools.backends.onnx.session import open_session, quiet
-from bntools.backends.onnx.valuetypes import STANDARD, value_types
+from bntools.backends.onnx.valuetypes import value_types
 from bntools.errors import BntoolsError
 from bntools.noise import brief
 
@@ -109,4 +109,4 @@ def _parameters(document: Document, types: Mapping[str, int | None]) -> Iterator
         name for node in document.proto.graph.node if node.op_type in PARAMETERS for name in node.input[1:] if name
     )
     computed = document.producers.keys() | document.inputs
-    yield from (name for name in names if name in computed and types.get(name) and not document.is_constant(name))
+    yield from (name for name in names if name in computed and types.get(name) and name not in document.constants)

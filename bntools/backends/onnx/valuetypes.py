@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-from bntools.backends.onnx.document import Document
+from bntools.backends.onnx.document import STANDARD, Document
 
-STANDARD = ("", "ai.onnx")
-FLOATS = {
+FLOATS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.DOUBLE: "float64",
     onnx.TensorProto.FLOAT16: "float16",
