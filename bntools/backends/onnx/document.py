@@ -16,11 +16,9 @@ from bntools.layer import Stats
 
 STANDARD = ("", "ai.onnx")
 # What makes constants of constants, and is computed where its value is asked for.
-PURE = frozenset(
-    ["Abs", "Add", "Cast", "CastLike", "Ceil", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Floor"]
-    + ["Gather", "Identity", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceProd", "Reshape", "Shape"]
-    + ["Size", "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze"]
-)
+_PURE = """Abs Add Cast CastLike Ceil Concat ConstantOfShape Div Exp Expand Flatten Floor Gather Identity Max Min Mul
+    Neg Pow Range Reciprocal ReduceProd Reshape Shape Size Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze"""
+PURE = frozenset(_PURE.split())
 CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")  # attributes of Constant, tensors
 FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
 
@@ -83,16 +81,20 @@ class Document:
 
     def _constant(self, name: str, known: dict[str, np.ndarray]) -> np.ndarray:
         if name not in known:
-            node = self.producers.get(name)
-            if name in self.initializers:
-                known[name] = self.array(self.initializers[name])
-            elif node is not None and node.op_type == "Constant":
-                known[name] = self._of_constant(node)
-            elif node is not None and node.op_type == "CastLike":
-                known[name] = self._cast_like(node, known)
-            elif node is not None:
-                known[name] = self._evaluated(node, {one: self._constant(one, known) for one in node.input if one})
+            tensor = self.initializers.get(name)
+            known[name] = self._computed(self.producers[name], known) if tensor is None else self.array(tensor)
         return known[name]
+
+    def _computed(self, node: onnx.NodeProto, known: dict[str, np.ndarray]) -> np.ndarray:
+        if node.op_type == "Constant":
+            return self._of_constant(node)
+        if node.op_type == "CastLike":
+            return self._cast_like(node, known)
+        if node.op_type in ("Shape", "Size") and node.input[0] in self.initializers:
+            # As large as the weight, of which nothing is read.
+            dims = tuple(self.initializers[node.input[0]].dims)
+            return self._evaluated(node, {node.input[0]: np.broadcast_to(np.float32(0), dims)})
+        return self._evaluated(node, {one: self._constant(one, known) for one in node.input if one})
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray:
         """The values of a tensor, wherever they lie. Raises BntoolsError where they cannot be read."""
