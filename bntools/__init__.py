@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bntools.files import load, save
     from bntools.folding import fold
     from bntools.freezing import assert_frozen, freeze, reset, unfreeze
+    from bntools.inference import to_inference
     from bntools.inspection import inspect
     from bntools.layer import BatchNorm
     from bntools.moments import Moments
@@ -31,6 +32,7 @@ _HOME = {
     "assert_frozen": "freezing",
     "reset": "freezing",
     "recalibrate": "recalibration",
+    "to_inference": "inference",
     "fold": "folding",
     "export": "exporting",
     "verify": "verification",
@@ -51,6 +53,7 @@ __all__ = [
     "recalibrate",
     "reset",
     "save",
+    "to_inference",
     "unfreeze",
     "verify",
 ]

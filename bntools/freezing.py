@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from bntools import backends
@@ -51,7 +52,8 @@ def freeze(model: Any, *, stats: bool = True, affine: bool = True, layers: Selec
             train(model)                      # or: handle = bntools.freeze(model) ... handle.undo()
     """
     backend = backends.of(model)
-    names = [layer.name for layer in select(backend.layers(model), layers)]
+    _check_trains(backend)
+    names = [layer.name for layer in select(backend.layers(model), layers, backends.absence(model))]
     return Frozen(names, backend.freeze(model, names, stats=stats, affine=affine))
 
 
@@ -62,7 +64,8 @@ def unfreeze(model: Any, *, layers: Selection = None) -> None:
     nothing that could move and stay as they are.
     """
     backend = backends.of(model)
-    backend.unfreeze(model, [layer.name for layer in select(backend.layers(model), layers)])
+    _check_trains(backend)
+    backend.unfreeze(model, [layer.name for layer in select(backend.layers(model), layers, backends.absence(model))])
 
 
 def assert_frozen(model: Any, *, stats: bool = True, affine: bool = True, layers: Selection = None) -> None:
@@ -71,7 +74,9 @@ def assert_frozen(model: Any, *, stats: bool = True, affine: bool = True, layers
     ``eval()`` alone is not frozen: the next ``model.train()`` undoes it. ``stats=False`` or
     ``affine=False`` leaves that part out, as in ``freeze``.
     """
-    chosen = select(backends.of(model).layers(model), layers)
+    backend = backends.of(model)
+    _check_trains(backend)
+    chosen = select(backend.layers(model), layers, backends.absence(model))
     moving = [f"{layer.name} ({what})" for layer in chosen if (what := _moving(layer, stats, affine))]
     if moving:
         raise NotFrozenError(
@@ -88,7 +93,8 @@ def reset(model: Any, *, layers: Selection = None) -> list[str]:
     """
     backend = backends.of(model)
     model = backend.edit(model)
-    chosen = [layer for layer in select(backend.layers(model), layers) if layer.tracked and not layer.obstacle]
+    found = select(backend.layers(model), layers, backends.absence(model))
+    chosen = [layer for layer in found if layer.tracked and not layer.obstacle]
     if layers is None:
         chosen = [layer for layer in chosen if not layer.stats_frozen]
     if not chosen:
@@ -100,6 +106,12 @@ def reset(model: Any, *, layers: Selection = None) -> list[str]:
     backend.reset(model, names)
     backend.commit(model)
     return names
+
+
+def _check_trains(backend: ModuleType) -> None:
+    """Raise BntoolsError for a kind of model that does not train, before its layers are looked at."""
+    if hasattr(backend, "refuse_freezing"):
+        backend.refuse_freezing()
 
 
 def _moving(layer: BatchNorm, stats: bool, affine: bool) -> str:

@@ -104,14 +104,15 @@ def _std(var: np.ndarray, eps: float) -> np.ndarray:
     return np.sqrt(np.maximum(var, 0) + eps)
 
 
-def select(layers: list[BatchNorm], wanted: Selection) -> list[BatchNorm]:
+def select(layers: list[BatchNorm], wanted: Selection, absence: Callable[[], str] | None = None) -> list[BatchNorm]:
     """The layers that ``layers=`` means: None for all, names, globs or a predicate on BatchNorm.
 
+    ``absence`` says in words what a model without BN has instead.
     Raises BntoolsError where that is none: for a model without BN, a predicate that holds nowhere,
     or a name or glob that fits no layer (the closest ones are named).
     """
     if not layers:
-        raise BntoolsError("the model has no BN layers: were they folded already?")
+        raise BntoolsError(f"the model has no BN layers: {absence() if absence else 'were they folded already?'}")
     if wanted is None:
         return list(layers)
     if callable(wanted):

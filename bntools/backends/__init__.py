@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +66,12 @@ def _of_onnx_path(path: Path) -> ModuleType:
         f"found the path {str(path)!r} where a model was expected: only an .onnx file is taken by its path; "
         f"load any other first, with bntools.load"
     )
+
+
+def absence(model: Any) -> Callable[[], str] | None:
+    """What says in words what a model without BN has instead; None where the back end cannot tell."""
+    found = getattr(of(model), "absence", None)
+    return None if found is None else partial(found, model)
 
 
 def backend(name: str) -> ModuleType:

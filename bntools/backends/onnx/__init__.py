@@ -19,22 +19,24 @@ __all__ = ["check", "commit", "edit", "external_files", "handed", "layers", "ope
 # Homes are called otherwise than their functions: a submodule is an attribute of its package as well.
 _HOME = {
     "EXPORTERS": "shipping",
+    "absence": "absent",
     "absorb": "surgery",
+    "check_inference": "inference",
     "add_metadata": "writing",
     "export": "shipping",
     "free_memory": "memory",
-    "freeze": "freezing",
     "graph": "describing",
     "input_channels": "inputs",
     "load": "files",
     "measuring": "replica",
     "predict": "running",
+    "refuse_freezing": "freezing",
     "require": "session",
     "runners": "running",
     "save": "files",
     "tidy": "tidying",
     "to_inference": "inference",
-    "unfreeze": "freezing",
+    "working": "files",
 }
 
 

@@ -186,8 +186,8 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of all graphs inside it."""
+def all_nodes(graph: Any) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph, or function, and of all graphs inside it."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):

@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from bntools.backends.onnx.document import Document, all_nodes, opened
+from bntools.backends.onnx.inference import check_inference
 from bntools.backends.onnx.layers import MEAN, VAR, Found, found, stats_of
 from bntools.errors import BntoolsError
 
@@ -19,8 +20,13 @@ SUFFIXES = {MEAN: "running_mean", VAR: "running_var"}
 
 
 def edit(model: Any) -> Document:
-    """The document on which a verb works that will change the model; ``commit`` carries the changes back."""
-    return opened(model)
+    """The document on which a verb works that will change the model; ``commit`` carries the changes back.
+
+    Raises BntoolsError for a model in training mode.
+    """
+    document = opened(model)
+    check_inference(document)
+    return document
 
 
 def write(model: Document, stats: Mapping[str, tuple[np.ndarray, np.ndarray, int | None]]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import torch
 from torch import nn
+
+from bntools.memory import available
 
 
 def free_memory(model: nn.Module) -> int:
@@ -15,15 +14,4 @@ def free_memory(model: nn.Module) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(psutil.virtual_memory().available, _left_in_container())
-
-
-def _left_in_container() -> int:
-    """What the control group of a container leaves, which the machine's free memory does not show."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-    except OSError:
-        return 1 << 62
-    return (1 << 62) if limit == "max" else max(0, int(limit) - used)
+    return available()
