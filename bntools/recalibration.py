@@ -69,7 +69,7 @@ def recalibrate(
     backend = backends.of(model)
     model = backend.edit(model)
     before = {layer.name: layer for layer in backend.layers(model)}
-    chosen, untouched = _targets(list(before.values()), layers)
+    chosen, untouched = _targets(list(before.values()), layers, backends.absence(model))
     if prior:
         _check_prior(before[name] for name in chosen)
     job = _Job(
@@ -174,7 +174,7 @@ def _exact(job: _Job, source: Source, tolerance: float | None) -> tuple[Measured
         if moments.count > 1:
             job.store(name, moments, total.samples + samples)
 
-    with job.measuring(job.before, per_sample=tolerance is not None, memory=job.memory) as start:
+    with job.measuring(job.before, per_sample=tolerance is not None, memory=job.memory, waiting=True) as start:
         memory = (job.memory - start.held) * SPARE
         while True:
             part = virtual_batch(start, source, order, release, memory=memory, wanted=wanted, progress=report)
@@ -276,9 +276,11 @@ def _standard_error(job: _Job, measured: Measured) -> float:
     )
 
 
-def _targets(layers: list[BatchNorm], wanted: Selection) -> tuple[list[str], dict[str, str]]:
+def _targets(
+    layers: list[BatchNorm], wanted: Selection, absence: Callable[[], str] | None
+) -> tuple[list[str], dict[str, str]]:
     """The names to recalibrate, and the reason for each of the others."""
-    selected = {layer.name for layer in select(layers, wanted)}
+    selected = {layer.name for layer in select(layers, wanted, absence)}
     reasons = {layer.name: _reason(layer, layer.name in selected, named=wanted is not None) for layer in layers}
     chosen = [name for name, reason in reasons.items() if reason is None]
     untouched = {name: reason for name, reason in reasons.items() if reason is not None}

@@ -35,14 +35,11 @@ def write(model: Document, stats: Mapping[str, tuple[np.ndarray, np.ndarray, int
     Raises BntoolsError where a value does not fit the dtype in which the model stores it.
     """
     dtypes = {one.name: _dtypes(model, one) for one in found(model) if one.name in stats}
+    kept = {}
     for name, (mean, var, _) in stats.items():
-        for what, value, dtype in zip(("mean", "variance"), (mean, var), dtypes[name], strict=True):
-            with np.errstate(over="ignore"):
-                fits = np.isfinite(value.astype(dtype).astype(np.float64)) | ~np.isfinite(value)
-            if not fits.all():
-                raise BntoolsError(f"layer {name!r}: a {what} of {np.abs(value).max():.3g} does not fit {dtype}")
-    for name, (mean, var, _) in stats.items():
-        model.stats[name] = mean, var
+        of_mean, of_var = dtypes[name]
+        kept[name] = _as_stored(name, "mean", mean, of_mean), _as_stored(name, "variance", var, of_var)
+    model.stats.update(kept)
 
 
 def reset(model: Document, names: Iterable[str]) -> None:
@@ -138,6 +135,14 @@ def _put_back(document: Document, one: Found, place: int, original: _Original) -
         document.refresh()
     elif original.name in document.initializers:
         document.initializers[now].CopyFrom(original.tensor)
+
+
+def _as_stored(name: str, what: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = value.astype(dtype).astype(np.float64)
+    if (np.isfinite(value) & ~np.isfinite(rounded)).any():
+        raise BntoolsError(f"layer {name!r}: a {what} of {np.abs(value).max():.3g} does not fit {dtype}")
+    return rounded
 
 
 def _dtypes(document: Document, one: Found) -> list[np.dtype]:

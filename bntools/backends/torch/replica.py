@@ -42,12 +42,14 @@ def measuring(
     forward: Forward | None = None,
     per_sample: bool = False,
     memory: float = 0,
+    waiting: bool = False,
 ) -> Iterator[Walk]:
     """Prepare the model for replicas; yields what starts one on a batch.
 
     The model is in eval mode meanwhile. The named layers normalize with their ``"stored"``
     statistics, with those of the ``"batch"``, or train as the framework does (``"update"``). Of ``memory``
-    bytes a quarter may be used to make the forward pass faster. On the way out, whatever happened, every
+    bytes a quarter may be used to make the forward pass faster. ``waiting``, that replicas
+    go from layer to layer together, makes no difference to a module. On the way out, whatever happened, every
     mode, hook, attribute and other buffer of the model is as before.
     """
     model = unwrap(model)
