@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+
+# Edges of the histogram of differences, relative to the scale of the output: decades.
+EXPONENTS = range(-16, 1)
+EDGES = tuple(10.0**exponent for exponent in EXPONENTS)
+FINE = 100  # bins a decade while the scale is not known yet: an edge is met to 2.3 %
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,10 @@ class OutputError:
     with C > 1, None for others. Integer and boolean outputs (``exact``) must be equal. ``problem``
     says in words why the output cannot pass, whatever the tolerance; None if nothing stands against it.
     ``shape`` is that of the last batch.
+
+    ``histogram`` counts the values by ``|a - b| / max|a|``: first those that are equal, then those below
+    the first of EDGES (1e-16, 1e-15, ... 1), those between each two of them, and those from 1 on. It is empty
+    where the outputs cannot be compared.
     """
 
     name: str
@@ -28,6 +40,14 @@ class OutputError:
     agreement: float | None = None
     exact: bool = False
     problem: str | None = None
+    histogram: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"output {self.name!r}: error {self.error:.1e}, max {self.max_error:.1e}, mean {self.mean_error:.1e}"
+        total = sum(self.histogram)
+        labels = ["equal", *(f"<{edge:.0e}" for edge in EDGES), ">=1"]
+        shares = [f"{label} {count / total:.1%}" for label, count in zip(labels, self.histogram, strict=False) if count]
+        return f"{text}; of its scale: {', '.join(shares)}" if shares else text
 
 
 class Comparison:
@@ -41,6 +61,7 @@ class Comparison:
         self.exact = False
         self._scale = self._largest = self._total = 0.0
         self._values = self._classified = self._agreeing = self._unequal = self._infinite = 0
+        self._decades: Counter[int] = Counter()
 
     def add(self, reference: np.ndarray, candidate: np.ndarray) -> float:
         """Take in one batch; returns its own error, infinite where the outputs cannot be compared."""
@@ -56,6 +77,7 @@ class Comparison:
         self._largest = max(self._largest, largest := float(gap.max(initial=0.0)))
         self._total += float(gap.sum())
         self._scale = max(self._scale, scale)
+        self._count(gap)
         self._classify(reference, candidate)
         return ratio(largest, scale)
 
@@ -75,6 +97,7 @@ class Comparison:
             agreement=self._agreeing / self._classified if self._classified and not incomparable else None,
             exact=self.exact,
             problem=problem,
+            histogram=() if incomparable else self._histogram(),
         )
 
     @property
@@ -83,6 +106,22 @@ class Comparison:
         if not self._infinite:
             return None
         return f"output {self.name!r}: {self._infinite:,} values are infinite in both models and were left out"
+
+    def _count(self, gap: np.ndarray) -> None:
+        """Sort the differences into fine bins of their logarithm: the scale may still grow."""
+        bins = np.floor(np.log10(gap[gap > 0]) * FINE).astype(np.int64)
+        lowest = int(bins.min(initial=0))
+        counts = np.bincount(bins - lowest)
+        self._decades.update({lowest + int(i): int(counts[i]) for i in np.flatnonzero(counts)})
+
+    def _histogram(self) -> tuple[int, ...]:
+        differing = self._decades.total()
+        counts = [self._values - differing] + [0] * (len(EDGES) + 1)
+        scale = math.log10(self._scale or 1.0)
+        for place, count in self._decades.items():
+            relative = (place + 0.5) / FINE - scale
+            counts[1 + bisect_right(EXPONENTS, relative)] += count
+        return tuple(counts)
 
     def _classify(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         if _is_float(reference) and reference.ndim in (2, 4) and reference.shape[1] > 1 and reference.size:
@@ -98,7 +137,10 @@ def ratio(gap: float, scale: float) -> float:
 
 def error(reference: np.ndarray, candidate: np.ndarray) -> float:
     """The scale-relative error of one array against another, infinite where they cannot be compared."""
-    return Comparison("").add(reference, candidate)
+    if _incomparable(reference, candidate):
+        return np.inf
+    gap, scale, _ = _gap(reference, candidate)
+    return ratio(float(gap.max(initial=0.0)), scale)
 
 
 def _gap(reference: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, float, int]:

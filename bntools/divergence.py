@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,85 +11,197 @@ import numpy as np
 from bntools.comparison import error
 from bntools.runner import Runner, Trace
 
-SWEEP = 256  # values read in one run: enough to read most networks whole, exact also where branches part
+BUDGET = 256 * 2**20  # bytes of values inside each model that are held at once, about
+SWEEP = 256  # values read in one run at most
+FIRST = 16  # values read in the first run, which tells how large they are
+WINDOW = 8  # values of one model that may stand for one of the other
 
 
-def first_divergence(reference: Runner, candidate: Runner, batch: Any, tolerance: float) -> str | None:
+@dataclass(frozen=True)
+class Divergence:
+    """The first value inside two models that differs.
+
+    ``name`` is that of a module of the source model or of a value in the graph, ``op`` the operator (of a module:
+    its class) that computes it in the candidate and ``node`` that operator's node, empty where it has no name.
+    ``error`` is its scale-relative error, infinite where NaN or infinities are on one side only.
+    """
+
+    name: str
+    op: str
+    node: str
+    error: float
+
+    def __str__(self) -> str:
+        node = f" {self.node!r}" if self.node and self.node != self.name else ""
+        return f"{self.name!r} ({f'{self.op}{node}, ' if self.op else ''}error {self.error:.1e})"
+
+
+def first_divergence(reference: Runner, candidate: Runner, batch: Any, tolerance: float) -> Divergence | None:
     """The first module or graph value, in execution order, whose scale-relative error is above tolerance.
 
     Two modules are compared module by module, two graphs value by value, a module and a graph by
     the module names that the exporter left in the file. None where nothing inside can be told apart: the
     models share no names, or agree at every value they share.
+
+    Models whose values fit the memory budget are read whole. In others the value is found by bisection: it
+    differs although everything it is computed from agrees.
     """
     left, right = reference.trace(batch), candidate.trace(batch)
-    if reference.framework == candidate.framework:
-        pairs = {point: (point, point) for point in right.points if point in set(left.points)}
-    else:
-        pairs = {}
-    if not pairs:
-        pairs = {name: (left.modules[name], point) for name, point in right.modules.items() if name in left.modules}
-    names = list(pairs)
-    windows = _windows(left, [pairs[name][0] for name in names])
-
-    def differs(chosen: Sequence[str]) -> list[bool]:
-        wanted = [point for name in chosen for point in windows[pairs[name][0]]]
-        expected, found = left.read(wanted), right.read([pairs[name][1] for name in chosen])
-        return [
-            not _agrees(
-                [expected[p] for p in windows[pairs[name][0]] if p in expected], found.get(pairs[name][1]), tolerance
-            )
-            for name in chosen
-        ]
-
+    probe = _Probe(left, right, _pairs(reference, candidate, left, right), tolerance)
     # An optimizer fuses less where a value is read: then one value at a time.
-    index = first_true(names, differs, 1 if candidate.optimization == "default" else SWEEP)
-    return None if index is None else names[index]
+    most = 1 if candidate.optimization == "default" else SWEEP
+    name = first_differing(list(probe.pairs), probe.before(), probe.differ, lambda: probe.width(most))
+    if name is None:
+        return None
+    op, node = right.ops.get(probe.pairs[name][1], ("", ""))
+    return Divergence(name, op, node, probe.errors[name])
 
 
-def first_true(names: Sequence[str], differs: Callable[[Sequence[str]], list[bool]], width: int) -> int | None:
-    """The index of the first name that differs, asking for at most ``width`` of them at a time.
+def _pairs(reference: Runner, candidate: Runner, left: Trace, right: Trace) -> dict[str, tuple[str, str]]:
+    """What is compared with what, by the name to call it by, in the candidate's order."""
+    # Of modules that end at the same value the innermost, which comes last, is where to look.
+    inner = {point: name for name, point in right.modules.items() if name in left.modules}
+    modules = {name: (left.modules[name], point) for point, name in inner.items()}
+    if reference.framework != candidate.framework:
+        return modules
+    known = set(left.points)
+    points = {point: (point, point) for point in right.points if point in known}
+    return points if len(points) >= len(modules) else modules
 
-    More names than that are searched by bisection (``width + 1`` parts), which supposes that what
-    follows the first difference differs too. None if no name differs.
+
+class _Probe:
+    """Reads pairs of values and remembers how far each is off, and how much memory one takes."""
+
+    def __init__(self, left: Trace, right: Trace, pairs: dict[str, tuple[str, str]], tolerance: float):
+        self.left, self.right, self.pairs, self.tolerance = left, right, pairs, tolerance
+        self.errors: dict[str, float] = {}
+        self._bytes = 0
+        # A fold that has one model's convolution give what the other's BN gives keeps the name of either.
+        self._windows = (
+            windows(left, [one for one, _ in pairs.values()]),
+            windows(right, [one for _, one in pairs.values()]),
+        )
+
+    def before(self) -> Callable[[str], Sequence[str]] | None:
+        """Which of the names each is computed from directly, if a graph says so; else None: all before it."""
+        if not self.right.inputs:
+            return None
+        names = {point: name for name, (_, point) in self.pairs.items()}
+        return lambda name: [names[one] for one in nearest(self.right.inputs, self.pairs[name][1], names)]
+
+    def differ(self, chosen: Sequence[str]) -> list[bool]:
+        """Whether each of these pairs is off by more than the tolerance, from one run of each model."""
+        sides = [[window[self.pairs[name][i]] for name in chosen] for i, window in enumerate(self._windows)]
+        expected = self.left.read([point for points in sides[0] for point in points])
+        found = self.right.read([point for points in sides[1] for point in points])
+        for name, a, b in zip(chosen, *sides, strict=True):
+            self.errors[name] = _nearest_error(_known(expected, a), _known(found, b))
+        self._bytes += sum(array.nbytes for array in (*expected.values(), *found.values())) // 2
+        return [self.errors[name] > self.tolerance for name in chosen]
+
+    def width(self, most: int) -> int:
+        """How many pairs may be read in the next run."""
+        if not self.errors:
+            return min(FIRST, most)
+        return max(1, min(most, int(BUDGET // max(self._bytes / len(self.errors), 1))))
+
+
+def _known(values: Mapping[str, np.ndarray], points: Iterable[str]) -> list[np.ndarray]:
+    return [values[point] for point in points if point in values]
+
+
+def _nearest_error(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """How far the two values that are nearest to each other are apart; what has no counterpart of its shape says 0."""
+    errors = [error(a, b) for b in found for a in expected if a.shape == b.shape and a.dtype.kind == b.dtype.kind]
+    return min(errors, default=0.0)
+
+
+def first_differing(
+    names: Sequence[str],
+    before: Callable[[str], Sequence[str]] | None,
+    differ: Callable[[Sequence[str]], list[bool]],
+    width: Callable[[], int],
+) -> str | None:
+    """The first of the names, in topological order, that differs; None if none does.
+
+    ``before`` gives those from which a name is computed directly, None takes all that stand before it;
+    ``differ`` tells of some names whether each differs; ``width()`` is how many it may be asked for at a time.
+    If one more look can take in all, it does, and the answer is exact. Otherwise by bisection, which supposes
+    that what comes before a value that agrees agrees too, and ends at a value that differs while those it
+    is computed from agree.
     """
-    low, high = 0, len(names)
-    found = None
-    while low < high:
-        picks = _picks(low, high, width)
-        flags = differs([names[pick] for pick in picks])
-        first = flags.index(True) if True in flags else len(picks)
-        if first < len(picks):
-            found = high = picks[first]
-        low = picks[first - 1] + 1 if first else low
+    known: dict[str, bool] = {}
+    suspects, found = list(names), None
+    while suspects:
+        picks = _picks(suspects, width())
+        known.update(zip(picks, differ(picks), strict=True))
+        found = next((pick for pick in picks if known[pick]), found)
+        if len(known) < len(names) <= width():
+            rest = [name for name in names if name not in known]
+            known.update(zip(rest, differ(rest), strict=True))
+            return next((name for name in names if known[name]), None)
+        agreeing = [pick for pick in picks if not known[pick]]
+        cleared = _ancestors(agreeing, names, before)
+        within = set(suspects) if found is None else _ancestors([found], names, before)
+        suspects = [name for name in suspects if name in within and name not in cleared and name not in known]
+        if not suspects and found is not None and before is not None:
+            suspects = [name for name in before(found) if name not in known]
     return found
 
 
-def _picks(low: int, high: int, width: int) -> list[int]:
-    """At most ``width`` positions in [low, high), evenly spread; all of them if they are that few."""
-    if high - low <= width:
-        return list(range(low, high))
-    return [low + (high - low) * (i + 1) // (width + 1) for i in range(width)]
+def _ancestors(of: Sequence[str], names: Sequence[str], before: Callable[[str], Sequence[str]] | None) -> set[str]:
+    """Everything that comes before any of these, themselves left out unless one comes before another."""
+    if before is None:
+        last = max((names.index(name) for name in of), default=0)
+        return set(names[:last])
+    result: set[str] = set()
+    open_ones = list(of)
+    while open_ones:
+        fresh = [name for name in before(open_ones.pop()) if name not in result]
+        result.update(fresh)
+        open_ones += fresh
+    return result
 
 
-def _windows(trace: Trace, shared: list[str]) -> dict[str, list[str]]:
-    """What may stand in the reference for a shared point: it, and what follows up to the next one.
+def _picks(names: Sequence[str], width: int) -> list[str]:
+    """At most ``width`` of the names, evenly spread; all of them if they are that few."""
+    size = len(names)
+    return list(names) if size <= width else [names[size * (i + 1) // (width + 1)] for i in range(width)]
+
+
+def nearest(inputs: Mapping[str, Sequence[str]], point: str, shared: Mapping[str, str]) -> list[str]:
+    """The shared points from which a point is computed, with no shared point in between."""
+    result: dict[str, None] = {}
+    seen: set[str] = set()
+    open_ones = list(inputs.get(point, ()))
+    while open_ones:
+        one = open_ones.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if one in shared:
+            result[one] = None
+        else:
+            open_ones += inputs.get(one, ())
+    return list(result)
+
+
+def windows(trace: Trace, shared: Iterable[str]) -> dict[str, list[str]]:
+    """What may stand in a model for a shared point: it, and what follows from it up to the next one.
 
     A file in which a convolution has absorbed its BN has no value for the BN's output under the BN's
-    name: it is the value of the convolution.
+    name: it is the value of the convolution. Without dependencies, what follows is what comes next.
     """
-    kept = set(shared)
-    windows: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {point: [] for point in shared}
+    heads: dict[str, list[str]] = {}  # the shared points behind each point
     current: list[str] = []
     for point in trace.points:
-        if point in kept:
-            current = windows[point] = []
-        current.append(point)
-    return windows
-
-
-def _agrees(expected: list[np.ndarray], found: np.ndarray | None, tolerance: float) -> bool:
-    """Whether the value is one of those expected; what has no counterpart of its shape says nothing."""
-    if found is None:
-        return True
-    comparable = [values for values in expected if values.shape == found.shape]
-    return not comparable or any(error(values, found) <= tolerance for values in comparable)
+        if point in result:
+            current = [point]
+        elif trace.inputs:
+            current = list(dict.fromkeys(head for one in trace.inputs.get(point, ()) for head in heads.get(one, ())))
+        heads[point] = current
+        for head in current:
+            if len(result[head]) < WINDOW:
+                result[head].append(point)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,16 @@ class Trace:
 
     ``points`` names what can be read, in execution order. ``modules`` maps the path of a module of
     the source model to the point that holds its output. ``read`` runs the model once and returns the
-    arrays at the points asked for; a point that holds no array is left out.
+    arrays at the points asked for; a point that holds no array is left out. ``inputs`` says from which
+    points each is computed directly, ``ops`` its operator and the node that computes it; both are empty
+    where the model does not say.
     """
 
     points: tuple[str, ...]
     modules: Mapping[str, str]
     read: Callable[[Sequence[str]], Outputs]
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ops: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Runner:
     ``name`` is how messages call the model, ``framework`` the back end. ``provider`` is what computes:
     a device of PyTorch or the ONNX Runtime provider that is active. ``optimization`` is the level of
     graph optimizations, "off" or "default", None where there is no such thing. ``dtype`` is the least
-    precise floating dtype among the model's weights, inputs and outputs.
+    precise floating dtype among the model's weights, inputs and outputs. ``placed()`` says, after a run, how
+    many nodes each provider ran; empty where that is not known. ``notes`` should be said with any result.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Runner:
     dtype: str
     run: Callable[[Any], Outputs]
     trace: Callable[[Any], Trace]
+    placed: Callable[[], Mapping[str, int]] = dict
+    notes: tuple[str, ...] = ()
 
 
 PRECISION = ("float64", "float32", "float16", "bfloat16")  # most precise first

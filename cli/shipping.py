@@ -67,6 +67,8 @@ def verification(check: Any) -> dict[str, Any]:
         "provider": check.provider,
         "optimization": check.optimization,
         "first_divergence": check.first_divergence,
+        "divergence": check.divergence and asdict(check.divergence),
+        "placement": dict(check.placement),
         "reason": check.reason,
         "outputs": [asdict(output) for output in check.outputs],
         "notes": list(check.notes),

@@ -16,6 +16,7 @@ from torch import nn
 import bntools
 from bntools import BntoolsError, backends
 from bntools.backends.onnx import running
+from bntools.divergence import Divergence
 from bntools.noise import caught
 from bntools.verification import default_tolerance
 
@@ -188,7 +189,7 @@ def test_runtime_optimizer_is_wrong(cnn, files, monkeypatch):
     """A file that is right and a runtime that is not: the default level is reported, and where it parts."""
     opened = running.open_session
 
-    def wrong(source, name, providers, *, optimize, folder=None):
+    def wrong(source, name, providers, *, optimize, folder=None, lean=False):
         model = onnx.load(source) if isinstance(source, str) else onnx.load_from_string(source)
         if optimize:
             corrupt(model, "3.weight")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
-from bntools.backends.onnx.protobuf import Source, read, serialized
-from bntools.backends.onnx.session import full_names, open_session, quiet
+from bntools.backends.onnx.providers import Provider, available, requested
+from bntools.backends.onnx.session import open_session, placement, quiet, require_placed
+from bntools.backends.onnx.subject import Subject, subject
 from bntools.backends.onnx.tracing import trace
 from bntools.errors import BntoolsError
 from bntools.noise import brief
 from bntools.resizing import to_numpy
-from bntools.runner import Outputs, Runner, least_precise
+from bntools.runner import Outputs, Runner, Trace
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -25,43 +24,96 @@ DTYPES = {
     "tensor(string)": "object",
     "tensor(bfloat16)": None,  # numpy has no such dtype
 }
+TF32 = ("CUDAExecutionProvider", "1")
 
 
-def predict(model: Source, batch: Any, providers: Sequence[str] = ("cpu",), optimize: bool = True) -> Outputs:
+def predict(model: Any, batch: Any, providers: Sequence[Provider] = ("cpu",), optimize: bool = True) -> Outputs:
     """The outputs of a model for one batch by name, computed by ONNX Runtime.
 
-    ``model`` is a path or an onnx.ModelProto; the batch is an array, a tuple or list (its first
-    element), or a dict by input name. ``optimize`` is the runtime's default level of graph
+    ``model`` is a path, an onnx.ModelProto, an onnx_ir.Model or a Document; the batch is an array, a tuple or
+    list (its first element), or a dict by input name. ``optimize`` is the runtime's default level of graph
     optimizations, or none. Raises BntoolsError for a batch that does not fit the model's inputs.
     """
-    return run(_session(model, providers, optimize), batch, name_of(model))
+    return _Kept(subject(model), providers, optimize).run(batch)
 
 
 def runners(
-    model: Source, providers: Sequence[str] = ("cpu",), forward: Callable[..., Any] | None = None
+    model: Any, providers: Sequence[Provider] = ("cpu",), forward: Callable[..., Any] | None = None
 ) -> list[Runner]:
     """The two ways to run a model: graph optimizations off and at the default level.
 
-    ``forward`` is a module's own calling convention and does not concern a graph.
+    Nothing is loaded before the first run. ``forward`` is a module's own calling convention and does not
+    concern a graph. Raises BntoolsError for a provider that is unknown or not in this build of ONNX Runtime.
     """
-    name, proto = name_of(model), model if isinstance(model, onnx.ModelProto) else read(model)
-    return [
-        Runner(
-            name=name,
-            framework="onnx",
-            provider=full_names(providers)[0],
-            optimization="default" if optimize else "off",
-            dtype=_least_precise(proto),
-            run=partial(run, _session(model, providers, optimize), name=name),
-            trace=partial(_trace, model, providers, optimize),
+    one = subject(model)
+    provider = available(providers)[0]
+    return [_runner(one, providers, provider, optimize) for optimize in (False, True)]
+
+
+def _runner(one: Subject, providers: Sequence[Provider], provider: str, optimize: bool) -> Runner:
+    kept = _Kept(one, providers, optimize)
+    notes = []
+    if one.large and optimize:
+        notes.append(
+            f"{one.name} is large: at the default level ONNX Runtime left out the optimizations that copy weights"
         )
-        for optimize in (False, True)
-    ]
+    if any((name, options.get("use_tf32")) == TF32 for name, options in requested(providers)):
+        notes.append("TF32 is on, as asked for: products are rounded to 10 bits before they are compared")
+    return Runner(
+        name=one.name,
+        framework="onnx",
+        provider=provider,
+        optimization="default" if optimize else "off",
+        dtype=one.dtype,
+        run=kept.run,
+        trace=partial(_trace, one, providers, optimize),
+        placed=lambda: kept.placed,
+        notes=tuple(notes),
+    )
 
 
-def run(session: ort.InferenceSession, batch: Any, name: str) -> Outputs:
-    """The outputs of a session for one batch by name."""
-    names = [output.name for output in session.get_outputs()]
+class _Kept:
+    """A session, opened at the first run and kept for the next; that of a large model is dropped after each.
+
+    So at most one large model is in memory at a time, and its file is only mapped: opening it again is cheap.
+    """
+
+    def __init__(self, one: Subject, providers: Sequence[Provider], optimize: bool):
+        self._subject, self._providers, self._optimize = one, providers, optimize
+        self._session: ort.InferenceSession | None = None
+        self.placed: dict[str, int] = {}
+
+    def run(self, batch: Any) -> Outputs:
+        one = self._subject
+        session = self._session or self._opened()
+        self._session = None if one.large else session
+        return run(session, batch, one.name)
+
+    def _opened(self) -> ort.InferenceSession:
+        one = self._subject
+        session = open_session(
+            one.source(), one.name, self._providers, optimize=self._optimize, folder=one.folder, lean=one.large
+        )
+        self.placed = placement(session)
+        require_placed(self.placed, self._providers, one.name)
+        return session
+
+
+def _trace(one: Subject, providers: Sequence[Provider], optimize: bool, batch: Any) -> Trace:
+    def read(extra: bytes, points: Sequence[str]) -> Outputs:
+        # The encoding of a message followed by that of another is the encoding of both merged: more outputs.
+        source = one.content() + extra
+        session = open_session(
+            source, one.name, providers, optimize=optimize, folder=one.content_folder, lean=one.large
+        )
+        return run(session, batch, one.name, points)
+
+    return trace(one.proto(), read)
+
+
+def run(session: ort.InferenceSession, batch: Any, name: str, points: Sequence[str] | None = None) -> Outputs:
+    """The outputs of a session for one batch by name: all of them, or only those called for."""
+    names = [output.name for output in session.get_outputs()] if points is None else list(points)
     try:
         values = session.run(names, feed(session.get_inputs(), batch, name), quiet())
     except BntoolsError:
@@ -69,11 +121,11 @@ def run(session: ort.InferenceSession, batch: Any, name: str) -> Outputs:
     except Exception as error:  # the runtime's own errors share no base class but this one
         raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {name}: {brief(error)}") from error
     for output, value in zip(names, values, strict=True):
-        if not isinstance(value, np.ndarray):
+        if points is None and not isinstance(value, np.ndarray):
             raise BntoolsError(
                 f"{name}: output {output!r} is no tensor but a {type(value).__name__}: cannot be compared"
             )
-    return dict(zip(names, values, strict=True))
+    return {one: value for one, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
 
 
 def feed(inputs: Sequence[Any], batch: Any, name: str) -> Outputs:
@@ -130,36 +182,3 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return [leaf for part in value for leaf in leaves(part)]
     return [value] if hasattr(value, "dtype") else []
-
-
-def name_of(model: Source) -> str:
-    """How messages call a model: its path, or the name of its graph."""
-    if isinstance(model, onnx.ModelProto):
-        return f"the ONNX model {model.graph.name!r}" if model.graph.name else "the ONNX model"
-    return str(model)
-
-
-def _session(model: Source, providers: Sequence[str], optimize: bool) -> ort.InferenceSession:
-    if isinstance(model, onnx.ModelProto):
-        return open_session(serialized(model), name_of(model), providers, optimize=optimize)
-    read(model)
-    return open_session(str(model), name_of(model), providers, optimize=optimize)
-
-
-def _trace(model: Source, providers: Sequence[str], optimize: bool, batch: Any) -> Any:
-    proto = model if isinstance(model, onnx.ModelProto) else read(model)
-    folder = None if isinstance(model, onnx.ModelProto) else Path(model).resolve().parent
-
-    def read_points(source: bytes) -> Outputs:
-        session = open_session(source, name_of(model), providers, optimize=optimize, folder=folder)
-        return run(session, batch, name_of(model))
-
-    return trace(proto, read_points)
-
-
-def _least_precise(proto: onnx.ModelProto) -> str:
-    types = {tensor.data_type for tensor in proto.graph.initializer}
-    types |= {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
-    names = {onnx.TensorProto.DataType.Name(number).lower() for number in types}
-    renamed = {"float": "float32", "double": "float64"}
-    return least_precise({renamed.get(name, name) for name in names})

@@ -3,34 +3,69 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx
 
+from bntools.backends.onnx.document import subgraphs
 from bntools.runner import Outputs, Trace
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # written by PyTorch's dynamo exporter, one entry a module and one for the node
 UNREADABLE = ("SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SplitToSequence", "SequenceErase", "Optional")
 
 
-def trace(model: onnx.ModelProto, run: Callable[[bytes], Outputs]) -> Trace:
-    """The values of the main graph in topological order; ``run`` runs a serialized model on the batch.
+def trace(model: onnx.ModelProto, read: Callable[[bytes, Sequence[str]], Outputs]) -> Trace:
+    """The values of the main graph in topological order, how they depend on each other, and how to read them.
 
-    Values that are read become outputs of a copy of the model: one session for all of them.
+    ``read(extra, points)`` runs the model, with ``extra`` appended to its bytes, and returns these values: one
+    session for all of them. The outputs of the graph stay what they are, so that it runs as ever, and no
+    weight is copied for it.
     """
+    present = {output.name for output in model.graph.output}
+    values = tuple(points(model))
 
-    def read(points: Sequence[str]) -> Outputs:
-        outputs = run(with_outputs(model, points))
-        return {point: outputs[point] for point in points if point in outputs}
+    def read_points(wanted: Sequence[str]) -> Outputs:
+        return read(more_outputs(name for name in dict.fromkeys(wanted) if name not in present), wanted)
 
-    return Trace(tuple(points(model)), modules(model), read)
+    ops = {output: (node.op_type, node.name) for node in model.graph.node for output in node.output if output}
+    return Trace(values, modules(model), read_points, dependencies(model, set(values)), ops)
 
 
 def points(model: onnx.ModelProto) -> Iterator[str]:
     """The names of the values that nodes compute, in topological order, constants left out."""
     for node in model.graph.node:
         if node.op_type != "Constant" and node.op_type not in UNREADABLE:
-            yield from (output for output in node.output[:1] if output)
+            yield from (output for output in node.output if output)
+
+
+def dependencies(model: onnx.ModelProto, known: set[str]) -> dict[str, tuple[str, ...]]:
+    """For each of the known values, those from which its node computes it, also in subgraphs of the node."""
+    result: dict[str, tuple[str, ...]] = {}
+    through: dict[str, tuple[str, ...]] = {}  # what stands for a value that is none of the known ones
+    for node in model.graph.node:
+        read = [one for name in _reads(node) for one in ((name,) if name in known else through.get(name, ()))]
+        for output in node.output:
+            (result if output in known else through)[output] = tuple(dict.fromkeys(read))
+    return result
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads; names of a subgraph's own values do no harm, for no value of the graph bears them."""
+    yield from node.input
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from _reads(inner)
+        yield from (output.name for output in graph.output)
+
+
+def more_outputs(names: Iterable[str]) -> bytes:
+    """What turns the bytes of a model, appended to them, into one with these values as further outputs.
+
+    The encoding of a protobuf message followed by that of another is the encoding of both merged
+    (protobuf.dev/programming-guides/encoding, "Last One Wins").
+    """
+    graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
+    return onnx.ModelProto(graph=graph).SerializeToString()
 
 
 def modules(model: onnx.ModelProto) -> dict[str, str]:
@@ -54,17 +89,6 @@ def scopes(node: onnx.NodeProto) -> list[str]:
         if entry.key == SCOPES:
             return [path for path in _literal(entry.value)[:-1] if path]
     return _torchscript_scopes(node.name)
-
-
-def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    """The model, serialized, with these values as its only outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    del copy.graph.output[:]
-    known = {value.name: value for value in (*model.graph.output, *model.graph.value_info)}
-    for name in dict.fromkeys(names):
-        copy.graph.output.append(known.get(name) or onnx.ValueInfoProto(name=name))
-    return copy.SerializeToString()
 
 
 def _literal(text: str) -> list[str]:

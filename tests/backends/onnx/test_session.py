@@ -1,8 +1,9 @@
-"""Sessions: the provider that was asked for, or an error with the runtime's reason."""
+"""Sessions: on the provider that was asked for, or an error with the runtime's reason."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 
 import onnx
 import pytest
@@ -10,57 +11,19 @@ from onnx import TensorProto, helper
 
 from bntools import BntoolsError
 from bntools.backends.onnx import session
-from bntools.backends.onnx.session import full_names, open_session, require
+from bntools.backends.onnx.session import open_session, placement, require, require_placed
 
 CUDA = "CUDAExecutionProvider"
 
 
-def model(op="Identity", dtype=TensorProto.FLOAT):
+def model(op="Identity", dtype=TensorProto.FLOAT, domain=""):
     """A serialized model of one node."""
     values = [helper.make_tensor_value_info(name, dtype, [1, 2, 3]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"])], "tiny", values[:1], values[1:])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    graph = helper.make_graph([helper.make_node(op, ["x"], ["y"], domain=domain)], "tiny", values[:1], values[1:])
+    made = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 13), helper.make_opsetid("com.acme", 1)], ir_version=8
+    )
     return made.SerializeToString()
-
-
-def test_short_and_full_names():
-    """A provider is named in short or in full, alone or in a list."""
-    assert full_names("cuda") == full_names(("CUDA",)) == full_names([CUDA]) == [CUDA]
-    assert full_names(["tensorrt", "cuda", "cpu"]) == ["TensorrtExecutionProvider", CUDA, "CPUExecutionProvider"]
-    known = {full for short in session.SHORT_NAMES for full in full_names([short])}
-    assert known == set(session.SHORT_NAMES.values())
-
-
-@pytest.mark.parametrize(
-    ("providers", "words"), [((), "no provider was asked for"), (["gpu"], "unknown provider 'gpu'")]
-)
-def test_unknown_names(providers, words):
-    """An empty list and an unknown name are errors that list the known ones."""
-    with pytest.raises(BntoolsError, match=words) as caught:
-        open_session(model(), "tiny", providers, optimize=True)
-    assert "tensorrt" in str(caught.value)
-
-
-def test_provider_that_this_build_lacks(monkeypatch):
-    """A provider that is not in the build is an error that names what the build has and how to get it."""
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(session, "installed_wheels", lambda: ["onnxruntime"])
-    with pytest.raises(BntoolsError) as caught:
-        require(["cuda"])
-    assert "'cuda' (CUDAExecutionProvider) was asked for and is not active" in str(caught.value)
-    assert "has only CPUExecutionProvider. It comes with onnxruntime-gpu" in str(caught.value)
-
-
-def test_both_wheels(monkeypatch):
-    """Both runtime wheels installed at once, which breaks either, is named in the error."""
-    monkeypatch.setattr(session, "installed_wheels", lambda: ["onnxruntime", "onnxruntime-gpu"])
-    with pytest.raises(BntoolsError, match="onnxruntime and onnxruntime-gpu are installed at once"):
-        require(["cuda", "cpu"])
-
-
-def test_installed_wheels():
-    """The wheel that the runtime comes from is found by its distribution name."""
-    assert any(name.startswith("onnxruntime") for name in session.installed_wheels())
 
 
 def test_provider_that_fails_to_load(monkeypatch):
@@ -90,10 +53,14 @@ def test_cpu_is_there():
     ("source", "words"),
     [
         (b"not a model", "cannot load tiny"),
-        (model("NoSuchOperator"), "cannot load tiny.*NoSuchOperator"),
+        (model("NoSuchOperator"), "tiny uses the operator 'NoSuchOperator' of the domain 'ai.onnx'"),
+        (
+            model("Magic", domain="com.acme"),
+            "tiny uses the operator 'Magic' of the domain 'com.acme', which ONNX Runtime",
+        ),
         (model("Relu", TensorProto.BFLOAT16), "cannot load tiny.*try float32, or another provider"),
     ],
-    ids=["no model", "unknown operator", "dtype the provider lacks"],
+    ids=["no model", "unknown operator", "custom operator", "dtype the provider lacks"],
 )
 def test_models_that_the_runtime_refuses(source, words, capfd):
     """What the runtime refuses is one error in one line, and nothing on stderr."""
@@ -107,3 +74,69 @@ def test_models_that_the_runtime_refuses(source, words, capfd):
 def test_smallest_model():
     """The model that tries a provider out is one that the checker accepts."""
     onnx.checker.check_model(onnx.load_from_string(session._smallest_model()), full_check=True)
+
+
+def test_placement():
+    """Every node is said to run on the provider that runs it."""
+    opened = open_session(model("Relu"), "tiny", ["cpu"], optimize=False)
+    assert placement(opened) == {"CPUExecutionProvider": 1}
+    require_placed(placement(opened), ["cpu"], "tiny")
+
+
+@dataclass
+class Part:
+    """Nodes that ONNX Runtime has given to a provider, as its own records are."""
+
+    ep_name: str
+    nodes: list = field(default_factory=list)
+
+    def get_nodes(self):
+        return self.nodes
+
+
+class Placing:
+    """A session that tells where its nodes run."""
+
+    def __init__(self, *parts):
+        self.get_provider_graph_assignment_info = lambda: parts
+
+
+def test_placement_is_pooled():
+    """Nodes of a provider are counted over all its parts of the graph; a runtime that does not tell counts none."""
+    parts = (Part(CUDA, [1, 2]), Part("CPUExecutionProvider", [3]), Part(CUDA, [4]))
+    assert placement(Placing(*parts)) == {CUDA: 3, "CPUExecutionProvider": 1}
+    assert placement(object()) == {}
+
+
+@pytest.mark.parametrize(
+    ("placed", "providers", "refused"),
+    [
+        ({"CPUExecutionProvider": 3}, ["cuda"], True),
+        ({"CPUExecutionProvider": 3}, ["cuda", "cpu"], True),
+        ({"CPUExecutionProvider": 3, CUDA: 1}, ["cuda"], False),
+        ({"CPUExecutionProvider": 3}, ["cpu"], False),
+        ({}, ["cuda"], False),
+    ],
+)
+def test_a_provider_that_runs_no_node(placed, providers, refused):
+    """A provider that is active and runs none of the nodes is an error that says where they ran."""
+    if not refused:
+        require_placed(placed, providers, "tiny")
+        return
+    with pytest.raises(BntoolsError, match=r"runs no node of tiny on it \(3 on CPUExecutionProvider\)"):
+        require_placed(placed, providers, "tiny")
+
+
+def test_options_are_in_the_error(monkeypatch):
+    """Where a session with options is refused, the options are in the message; our own default is not."""
+    monkeypatch.setattr(session.ort, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Unknown provider option")
+
+    monkeypatch.setattr(session.ort, "InferenceSession", refuse)
+    with pytest.raises(BntoolsError, match=r"asked for with options: CUDAExecutionProvider .*'colour': 'red'"):
+        require([("cuda", {"colour": "red"})])
+    with pytest.raises(BntoolsError) as caught:
+        require(["cuda"])
+    assert "options" not in str(caught.value).replace("Unknown provider option", "")
