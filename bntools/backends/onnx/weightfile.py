@@ -1,0 +1,75 @@
+"""External weights of a model in the making: one file in a temporary folder, written tensor by tensor."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from bntools.backends.onnx.document import Document
+from bntools.backends.onnx.protobuf import is_external, location_of, place_of, tensors
+from bntools.backends.onnx.storing import CHUNK, LARGE, LINE, PAGE, SMALL
+from bntools.errors import BntoolsError
+
+NAME = "weights.data"
+
+
+class WeightFile:
+    """Takes the new weights first, then whatever else of the source's external weights the new model still names."""
+
+    def __init__(self, source: Document):
+        self._source = source
+        self._folder = tempfile.TemporaryDirectory(prefix="bntools-", ignore_cleanup_errors=True)
+        self._path = Path(self._folder.name).resolve() / NAME
+        self._file = open(self._path, "wb")  # noqa: SIM115 - close() closes it
+
+    def write(self, tensor: onnx.TensorProto, values: np.ndarray) -> bool:
+        """Write the values and let the tensor say where; False for a tensor that is small enough to hold them."""
+        if values.nbytes < SMALL:
+            return False
+        self._begin(tensor, values.nbytes)
+        self._file.write(raw(values))
+        return True
+
+    def take_over(self, model: onnx.ModelProto) -> None:
+        """Copy what the tensors of a model have in the source's files into this one."""
+        external = [tensor for tensor in tensors(model) if is_external(tensor)]
+        for tensor in external:
+            if location_of(tensor) != str(self._path):
+                self._move(tensor)
+        for tensor in external:
+            next(entry for entry in tensor.external_data if entry.key == "location").value = NAME
+
+    def close(self) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+        """The folder of the file, and what it lives as long as."""
+        self._file.close()
+        return self._path.parent, self._folder
+
+    def _move(self, tensor: onnx.TensorProto) -> None:
+        try:
+            place = place_of(tensor, self._source.folder, self._source.name)
+        except ValueError as error:
+            raise BntoolsError(f"{self._source.name}: the values of {tensor.name!r} cannot be read: {error}") from error
+        self._begin(tensor, place.length)
+        left = place.length
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            while left and (chunk := file.read(min(left, CHUNK))):
+                self._file.write(chunk)
+                left -= len(chunk)
+
+    def _begin(self, tensor: onnx.TensorProto, size: int) -> None:
+        unit = PAGE if size >= LARGE else LINE
+        self._file.write(bytes(-self._file.tell() % unit))
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        # The whole path, until all is written: it tells new places from old ones.
+        for key, value in (("location", self._path), ("offset", self._file.tell()), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def raw(values: np.ndarray) -> memoryview:
+    """The bytes of an array, not copied where they lie in order."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
