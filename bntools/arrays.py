@@ -39,23 +39,40 @@ class Arrays:
         for start in range(0, min(self.samples, most or self.samples), self.reading.batch_size):
             chosen = np.sort(self.order[start : start + self.reading.batch_size])  # in file order: it may be on a disk
             if isinstance(self.content, dict):
-                yield {name: _taken(array, chosen) for name, array in self.content.items()}
+                yield {name: self._taken(name, chosen) for name in self.content}
             else:
-                yield self.reading.normalized(_taken(self.content, chosen))
+                yield self._normalized(self._taken("", chosen))
 
     def details(self) -> dict[str, Any]:
         """What was read and how, for the record."""
-        return {"scaled": "0..1" if any(map(holds_images, self._named.values())) else None, "files": 1}
+        last = {"channel_axis": 3} if self._channels_last else {}
+        return {**last, "scaled": "0..1" if any(map(self._scaled, self._named)) else None, "files": 1}
 
     def description(self) -> str:
         """What was read and how, in a line."""
         drawn = f" drawn from {self.total:,}" if self.samples < self.total else ""
         what = ", ".join(
             f"{name} {array.dtype} {'x'.join(map(str, array.shape[1:])) or 'numbers'}".strip()
-            + (" scaled to 0..1" if holds_images(array) else "")
+            + (" scaled to 0..1" if self._scaled(name) else "")
             for name, array in self._named.items()
         )
         return f"{self.samples:,} sample{'s' * (self.samples != 1)}{drawn}: {what}"
+
+    def _scaled(self, name: str) -> bool:
+        return holds_images(self._named[name]) and self.reading.scales(name)
+
+    def _taken(self, name: str, chosen: np.ndarray) -> np.ndarray:
+        rows = self._named[name][chosen]
+        return np.divide(rows, np.float32(255), dtype=np.float32) if self._scaled(name) else np.asarray(rows)
+
+    def _normalized(self, batch: np.ndarray) -> np.ndarray:
+        if not self._channels_last:
+            return self.reading.normalized(batch)
+        return np.moveaxis(self.reading.normalized(np.moveaxis(batch, -1, 1)), 1, -1)
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.reading.channels_last and not isinstance(self.content, dict) and self.content.ndim == 4
 
     @property
     def _named(self) -> dict[str, np.ndarray]:
@@ -88,9 +105,12 @@ def _check_options(path: Path, content: Any, reading: Reading) -> None:
             raise BntoolsError(f"{path}: holds several arrays, to which mean=, std= and size= do not apply")
         return
     shape = content.shape
-    if reading.size is not None and (content.ndim != 4 or shape[2:] != tuple(reading.size)):
+    pixels = shape[1:3] if reading.channels_last else shape[2:]
+    if reading.size is not None and (content.ndim != 4 or pixels != tuple(reading.size)):
         raise BntoolsError(f"{path}: size= resizes images, not arrays; the samples have shape {shape[1:]}")
-    if content.ndim == 4 and reading.channels is not None and shape[1] != reading.channels == shape[3]:
+    axis = 3 if reading.channels_last and content.ndim == 4 else 1
+    misplaced = axis == 1 and content.ndim == 4 and shape[1] != reading.channels == shape[3]
+    if reading.channels is not None and misplaced:
         raise BntoolsError(
             f"{path}: an array of shape {shape} has its channels last; expected (samples, {reading.channels}, height, "
             f"width): save array.transpose(0, 3, 1, 2)"
@@ -98,17 +118,12 @@ def _check_options(path: Path, content: Any, reading: Reading) -> None:
     if reading.mean is not None:
         if content.ndim < 2 or not (content.dtype.kind == "f" or holds_images(content)):
             raise BntoolsError(f"{path}: mean= and std= are for images and float arrays; found {content.dtype} {shape}")
-        reading.check_channels(str(path), shape[1])
+        reading.check_channels(str(path), shape[axis])
 
 
 def holds_images(array: np.ndarray) -> bool:
     """Whether an array is taken as 8-bit images."""
     return array.dtype == np.uint8 and array.ndim == 4
-
-
-def _taken(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    rows = array[chosen]
-    return np.divide(rows, np.float32(255), dtype=np.float32) if holds_images(array) else np.asarray(rows)
 
 
 def _loaded(path: Path) -> Any:

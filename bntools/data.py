@@ -31,6 +31,7 @@ class Data:
 
     def __init__(self, kind: str, source: Folder | arrays.Arrays | factories.Factory, name: str):
         self._source = source
+        self.note = ""  # what else is worth saying about how it is read
         first = next(source.batches(MEASURED), None)
         if first is None:
             raise BntoolsError(f"{name}: yields no batches")
@@ -65,7 +66,8 @@ class Data:
         samples) as the model gets it, for a dict batch by name. Files that turned out
         damaged while reading are in ``skipped`` afterwards.
         """
-        return {**self._given, "samples": self.samples, **self._source.details()}
+        note = {"note": self.note} if self.note else {}
+        return {**self._given, "samples": self.samples, **note, **self._source.details()}
 
     @property
     def skipped(self) -> int:
@@ -80,7 +82,7 @@ class Data:
     @property
     def description(self) -> str:
         """The same for people, in one line."""
-        return self._source.description()
+        return "; ".join(filter(None, (self._source.description(), self.note)))
 
 
 def open(
@@ -94,6 +96,7 @@ def open(
     max_samples: int | None = None,
     seed: int = 0,
     layout: str = "NCHW",
+    raw: Sequence[str] = (),
 ) -> Data:
     """Open a folder of images, a file of arrays, or a factory ``package.module:function`` as batches.
 
@@ -107,17 +110,20 @@ def open(
 
     Arrays (``.npy``, ``.npz``, ``.pt``, ``.safetensors``; first axis: samples) are taken as they are, except
     uint8 arrays of rank 4, which are images and scaled to 0..1. Several arrays in one file give
-    dict batches. Samples come in an order that only ``seed`` decides, and ``max_samples`` are
-    drawn from all of them; a factory, which nobody can draw from, is cut short instead.
+    dict batches. ``raw`` names arrays whose 8-bit images stay as they are, for models that take whole
+    numbers; "" stands for a folder or a single array. Samples come in an order that only ``seed`` decides,
+    and ``max_samples`` are drawn from all of them; a factory, which nobody can draw from, is cut short instead.
 
         batches = data.open("photos/", size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
     Raises BntoolsError where there is nothing to read, or it cannot be read as asked.
     """
-    reading = Reading(channels, _tuple(size), _tuple(mean), _tuple(std), batch_size, max_samples, seed, layout)
+    reading = Reading(
+        channels, _tuple(size), _tuple(mean), _tuple(std), batch_size, max_samples, seed, layout, tuple(raw)
+    )
     path = Path(source)
     try:
-        if path.is_dir() or (path.is_file() and path.suffix.lower() not in arrays.SUFFIXES):
+        if holds_images(path):
             return Data("images", _folder(path, reading), str(source))
         if path.is_file():
             return Data("arrays", arrays.read(path, reading), str(source))
@@ -129,6 +135,12 @@ def open(
         f"{source}: no such file or folder; expected a folder of images, a file of arrays "
         f"({', '.join(arrays.SUFFIXES)}) or a factory package.module:function"
     )
+
+
+def holds_images(source: str | Path) -> bool:
+    """Whether a source is read as images: a folder, or a file that is none of arrays."""
+    path = Path(source)
+    return path.is_dir() or (path.is_file() and path.suffix.lower() not in arrays.SUFFIXES)
 
 
 def reopen(spec: dict[str, Any]) -> Data:

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,21 +35,45 @@ def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str]
     admitted.
     """
     path = Path(path)
+    backend = _reader(path)
+    arch = imports.named(arch, "arch") if isinstance(arch, str) else arch
+    with _readable(path):
+        model, origin = backend.load(str(path), arch=arch, allow=(allow,) if isinstance(allow, str) else tuple(allow))
+    with suppress(TypeError):  # a model type that cannot be referred to weakly, and so has no form to go back to
+        _origins[model] = origin
+    return model
+
+
+def working(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
+    """As ``load``, for programs that change a model and save it elsewhere.
+
+    Of an ONNX file with external weights only those are read that are asked for: its size does not matter.
+    """
+    path = Path(path)
+    backend = _reader(path)
+    if not hasattr(backend, "working"):
+        return load(path, arch=arch, allow=allow)
+    with _readable(path):
+        return backend.working(path, arch)
+
+
+def _reader(path: Path) -> ModuleType:
+    """The back end that reads a file; raises BntoolsError for what is no file."""
     if not path.exists():
         raise BntoolsError(f"{path}: no such file")
     if not path.is_file():
         raise BntoolsError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; expected a model file")
-    backend = backends.of_path(path)
-    arch = imports.named(arch, "arch") if isinstance(arch, str) else arch
+    return backends.of_path(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
         if not path.stat().st_size:
             raise BntoolsError(f"{path}: the file is empty")
-        model, origin = backend.load(str(path), arch=arch, allow=(allow,) if isinstance(allow, str) else tuple(allow))
+        yield
     except OSError as error:
         raise BntoolsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    with suppress(TypeError):  # a model type that cannot be referred to weakly, and so has no form to go back to
-        _origins[model] = origin
-    return model
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:

@@ -47,12 +47,14 @@ class Folder:
         return len(self.files) - len({bad.path for bad in self.skipped} & set(self.files))
 
     def batches(self, most: int | None = None) -> Iterator[np.ndarray]:
-        """Batches of all images, or of the first ``most``, decoded ahead of their use: float32, normalized."""
+        """Batches of all images, or of the first ``most``, decoded ahead of their use: normalized float32, or uint8."""
         fit = AHEAD // (4 * self.channels * self.size[0] * self.size[1])
         depth = min(max(2 * self.reading.batch_size, fit), most or len(self.files))
         with closing(self._pixels(depth, most)) as pixels:
             while group := list(islice(pixels, self.reading.batch_size)):
                 batch = self.reading.normalized(np.stack(group))
+                if not self.reading.scales():
+                    batch = np.rint(batch * np.float32(255)).astype(np.uint8)
                 yield np.ascontiguousarray(np.moveaxis(batch, 1, -1)) if self.reading.channels_last else batch
 
     def details(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Folder:
         return {
             "channel_axis": 3 if self.reading.channels_last else 1,
             "channel_order": "RGB" if self.channels == 3 else "grey",
-            "scaled": "0..1",
+            "scaled": "0..1" if self.reading.scales() else None,
             "size": list(self.size),
             "resized": f"to cover {_shape(self.size)}, bilinear, centre-cropped" if self._resized else None,
             "sizes": len(self._sizes),

@@ -29,6 +29,7 @@ class Reading:
     max_samples: int | None
     seed: int
     layout: str
+    raw: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = {
@@ -43,6 +44,8 @@ class Reading:
             f"mean={self.mean} and std={self.std}: expected finite numbers": not all(
                 map(isfinite, (*(self.mean or ()), *(self.std or ())))
             ),
+            "mean= and std= are for floating-point inputs, and this one takes whole numbers": "" in self.raw
+            and self.mean is not None,
             "mean= and std= belong together: give both": (self.mean is None) != (self.std is None),
             f"std={self.std}: it divides, so its numbers must be positive": self.std is not None and min(self.std) <= 0,
             f"mean= has {len(self.mean or ())} numbers and std= {len(self.std or ())}": len(self.mean or ())
@@ -56,6 +59,10 @@ class Reading:
     def channels_last(self) -> bool:
         """Whether image batches have their channels on the last axis."""
         return self.layout == "NHWC"
+
+    def scales(self, name: str = "") -> bool:
+        """Whether the 8-bit images of this name, or of a folder, are scaled to 0..1."""
+        return name not in self.raw
 
     def record(self) -> dict[str, Any]:
         """The options as they go into a record, and back into ``data.open``."""

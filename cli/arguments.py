@@ -85,6 +85,12 @@ in_place = click.option("--in-place", is_flag=True, help="Replace MODEL itself."
 force = click.option("--force", is_flag=True, help="Overwrite what exists.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
 
+to_inference = click.option(
+    "--to-inference",
+    is_flag=True,
+    help="First convert an ONNX file that was exported in training mode.",
+)
+
 shape = click.option(
     "--shape", type=Sizes(1, 8), metavar="C,H,W", help="Shape of one sample, to try the model on random input."
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from . import arguments, output, paths, shipping
+from . import arguments, loading, output, paths, shipping
 from .loading import example, load
 from .reading import Reading, reading_options
 
@@ -23,6 +23,7 @@ from .reading import Reading, reading_options
 @reading_options
 @arguments.arch
 @arguments.allow
+@arguments.to_inference
 @arguments.as_json
 def command(
     model: Path,
@@ -36,6 +37,7 @@ def command(
     reading: Reading,
     arch: str | None,
     allow: tuple[str, ...],
+    to_inference: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL to OUT.onnx, BN folded, and verify the file in ONNX Runtime.
@@ -45,6 +47,7 @@ def command(
     """
     paths.refuse_existing(exported, force=force)
     loaded = load(model, arch, allow)
+    loading.to_inference(model, loaded, to_inference, quiet=as_json)
     batch, described = example(model, loaded, data, shape, reading)
     output.say(f"trying it on {described}", quiet=as_json)
     shipping.export(

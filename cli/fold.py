@@ -9,7 +9,7 @@ import click
 
 from bntools.errors import BntoolsError
 
-from . import arguments, output, paths, progress, shipping
+from . import arguments, loading, output, paths, progress, shipping
 from .loading import example, load
 from .reading import Reading, reading_options
 
@@ -25,6 +25,7 @@ from .reading import Reading, reading_options
 @arguments.layers
 @arguments.arch
 @arguments.allow
+@arguments.to_inference
 @arguments.as_json
 def command(
     model: Path | None,
@@ -37,21 +38,40 @@ def command(
     layers: tuple[str, ...],
     arch: str | None,
     allow: tuple[str, ...],
+    to_inference: bool,
     as_json: bool,
 ) -> None:
     """Fold the BN layers of MODEL into the weights beside them, and check that nothing changed.
 
     With --export model.onnx the result is a verified ONNX file, and MODEL may be left out: it is then
     the newest of model.recalibrated.* and model.* in that folder. With -o the result stays in the
-    framework's own format. DATA or --shape say what the model takes; after bntools recalibrate the
-    record knows. More options for ONNX: bntools export.
+    format of MODEL. DATA or --shape say what the model takes; after bntools recalibrate the
+    record knows, and an ONNX file knows itself. More options for ONNX: bntools export.
     """
+    written = _written(target, exported, layers)
+    paths.refuse_existing(written, force=force)
+    if model is None:
+        model = _choose(written, as_json)
+    if target is not None and paths.is_onnx(target) != paths.is_onnx(model):
+        other = f"for ONNX use --export {target}" if paths.is_onnx(target) else "an ONNX file stays one: -o OUT.onnx"
+        raise click.UsageError(f"-o writes a model in the format it came in: {other}")
+    loaded = load(model, arch, allow)
+    loading.to_inference(model, loaded, to_inference, quiet=as_json)
+    batch, described = example(model, loaded, data, shape, reading)
+    output.say(f"trying it on {described}", quiet=as_json)
+    if exported is not None:
+        shipping.export(model, loaded, exported, batch, as_json=as_json)
+    else:
+        _fold(model, loaded, written, batch, layers, as_json)
+
+
+def _written(target: Path | None, exported: Path | None, layers: tuple[str, ...]) -> Path:
+    """The one file to write; raises click.UsageError where the options do not go together."""
     written = target or exported
     if written is None or (target and exported):
         raise click.UsageError("say where to write: either --export OUT.onnx or -o OUT.pt")
-    if (written.suffix.lower() == ".onnx") != (exported is not None):
-        other = f"for ONNX use --export {target}" if target else f"for that use -o {exported}"
-        raise click.UsageError(f"--export writes an .onnx file, -o a model in the framework's own format: {other}")
+    if exported is not None and not paths.is_onnx(exported):
+        raise click.UsageError(f"--export writes an .onnx file; for another format use -o {exported}")
     if exported is not None and layers:
         raise click.UsageError("--layers goes with -o: an ONNX file has all of its BN folded")
     if written.suffix == ".safetensors":
@@ -59,16 +79,7 @@ def command(
             f"{written}: a folded model does not fit its --arch any more (BN is gone, biases have come), so its "
             f"tensors alone could not be loaded again: write a .pt, which holds the whole model, or --export ONNX"
         )
-    paths.refuse_existing(written, force=force)
-    if model is None:
-        model = _choose(written, as_json)
-    loaded = load(model, arch, allow)
-    batch, described = example(model, loaded, data, shape, reading)
-    output.say(f"trying it on {described}", quiet=as_json)
-    if exported is not None:
-        shipping.export(model, loaded, exported, batch, as_json=as_json)
-    else:
-        _fold(model, loaded, written, batch, layers, as_json)
+    return written
 
 
 def _choose(written: Path, as_json: bool) -> Path:

@@ -29,11 +29,12 @@ def command(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple
     """What the BN layers of MODEL hold, and what is wrong with them."""
     loaded = load(model, arch, allow)
     import bntools
+    from bntools import backends
     from bntools.layer import select
 
     found = bntools.inspect(loaded)
     if layers or not found:
-        found = select(found, layers or None)
+        found = select(found, layers or None, backends.absence(loaded))
     if as_json:
         output.as_json({"model": str(model), "layers": [_record(layer) for layer in found]})
         return

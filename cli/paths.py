@@ -9,7 +9,6 @@ import click
 from bntools.backends import SUFFIXES
 from bntools.errors import BntoolsError
 
-SOURCES = tuple(suffix for suffix, backend in SUFFIXES.items() if backend != "onnx")  # what an ONNX file is made from
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # one form under four names
 
 
@@ -67,7 +66,7 @@ def newest_model(export: Path) -> tuple[Path, list[Path]]:
         path
         for stem in (f"{export.stem}.recalibrated", export.stem)
         for path in sorted(export.parent.glob(f"{_escaped(stem)}.*"))
-        if path.stem == stem and path.suffix.lower() in SOURCES and path.is_file()
+        if path.stem == stem and path.suffix.lower() in SUFFIXES and path.is_file() and not _is_export(path, export)
     ]
     if not candidates:
         raise BntoolsError(
@@ -75,6 +74,15 @@ def newest_model(export: Path) -> tuple[Path, list[Path]]:
             f"{export.stem}.* that is a model: name the model, as in bntools fold model.pt --export {export}"
         )
     return max(candidates, key=lambda path: path.stat().st_mtime_ns), candidates
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is an ONNX file by its name."""
+    return path.suffix.lower() == ".onnx"
+
+
+def _is_export(path: Path, export: Path) -> bool:
+    return is_onnx(path) and path.stem == export.stem
 
 
 def _form(path: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from bntools.errors import BntoolsError
+
 from . import output
 from .arguments import Sizes
 
@@ -37,20 +39,57 @@ class Reading:
     seed: int
 
     def open(self, source: str, model: Any = None) -> Any:
-        """The data behind a folder, a file or a factory, with as many channels as the model takes."""
+        """The data behind a folder, a file or a factory, as the model takes it.
+
+        That is with as many channels, and for a model file that says more (ONNX) in its layout, size, dtype and
+        batch size. Samples that fill no batch of a fixed size are left out, which the data's description says.
+        """
+        from bntools import data
+
+        takes = inputs_of(model)
+        bound = next((one for one in takes if one.batch), None)
+        options = {**self._options(source, model, takes), "batch_size": bound.batch if bound else self.batch_size}
+        opened = data.open(source, **options, max_samples=self.max_samples)
+        if bound is None or opened.samples is None:
+            return opened
+        if opened.samples < bound.batch:
+            raise BntoolsError(
+                f"{source}: {output.counted(opened.samples, 'sample')}, and the model takes batches of {bound.batch} "
+                f"only, at its input {bound}: give more"
+            )
+        left = opened.samples % bound.batch
+        if left:
+            opened = data.open(source, **options, max_samples=opened.samples - left)
+        opened.note = f"in batches of {bound.batch}, the size that the model's input is bound to"
+        opened.note += f"; {left} left out" if left else ""
+        return opened
+
+    def _options(self, source: str, model: Any, takes: list[Any]) -> dict[str, Any]:
+        """What ``data.open`` is asked for besides the batches."""
         from bntools import backends, data
 
+        alone = takes[0] if len(takes) == 1 else None
         wanted = None if model is None else backends.of(model).input_channels(model)
-        return data.open(
-            source,
-            channels=self.channels or wanted,
-            size=self.size,
-            mean=self.mean,
-            std=self.std,
-            batch_size=self.batch_size,
-            max_samples=self.max_samples,
-            seed=self.seed,
-        )
+        size = self.size or (alone.size if alone and data.holds_images(source) else None)
+        raw = tuple(one.name for one in takes if one.integer) + (("",) if alone and alone.integer else ())
+        return {
+            "channels": self.channels or wanted,
+            "size": size,
+            "mean": self.mean,
+            "std": self.std,
+            "seed": self.seed,
+            "layout": "NHWC" if alone and alone.channel_axis == 3 else "NCHW",
+            "raw": raw,
+        }
+
+
+def inputs_of(model: Any) -> list[Any]:
+    """What the model says about its inputs; an empty list for models that say nothing."""
+    from bntools import backends
+
+    if model is None or not hasattr(backend := backends.of(model), "takes"):
+        return []
+    return list(backend.takes(model))
 
 
 class PerChannel(click.ParamType):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import arguments, output, progress, records
+from . import arguments, loading, output, progress, records
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -33,6 +33,7 @@ from .reading import Reading, reading_options, said_when_skipped
 @arguments.layers
 @arguments.arch
 @arguments.allow
+@arguments.to_inference
 @arguments.as_json
 def command(
     model: Path,
@@ -49,6 +50,7 @@ def command(
     layers: tuple[str, ...],
     arch: str | None,
     allow: tuple[str, ...],
+    to_inference: bool,
     as_json: bool,
 ) -> None:
     """Measure the BN statistics of MODEL anew on DATA, without training and without labels.
@@ -59,6 +61,7 @@ def command(
     """
     written, record_path = records.destinations(model, target, in_place, force)
     loaded = load(model, arch, allow)
+    loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
     batches = reading.open(data, loaded)

@@ -23,7 +23,7 @@ from bntools.errors import BntoolsError
 from . import paths
 from .output import jsonable
 
-PACKAGES = ("torch", "numpy", "pillow", "onnx", "onnxruntime")
+PACKAGES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "onnx-ir", "onnxscript")
 
 
 def destinations(model: Path, target: Path | None, in_place: bool, force: bool) -> tuple[Path, Path]:

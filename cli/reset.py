@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from . import arguments, output, paths
+from . import arguments, loading, output, paths
 from .loading import load
 
 
@@ -18,6 +18,7 @@ from .loading import load
 @arguments.layers
 @arguments.arch
 @arguments.allow
+@arguments.to_inference
 @arguments.as_json
 def command(
     model: Path,
@@ -27,6 +28,7 @@ def command(
     layers: tuple[str, ...],
     arch: str | None,
     allow: tuple[str, ...],
+    to_inference: bool,
     as_json: bool,
 ) -> None:
     """Set the BN statistics of MODEL to mean 0 and variance 1, and write MODEL.reset.pt.
@@ -37,6 +39,7 @@ def command(
     written = paths.destination(model, "reset", target, in_place)
     paths.refuse_existing(written, force=force or in_place)
     loaded = load(model, arch, allow)
+    loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
     total = len(bntools.inspect(loaded))

@@ -69,12 +69,11 @@ def test_the_recalibrated_model_wins_a_tie(tmp_path):
 
 
 def test_other_files_are_no_candidates(tmp_path):
-    """Records, ONNX files of any name, other stems and other suffixes are not taken for models."""
+    """Records, the export itself, other stems and other suffixes are not taken for models."""
     files(
         tmp_path,
         model_recalibrated_json=0,
         model_onnx=0,
-        model_recalibrated_onnx=0,
         model_ONNX=0,
         model2_pt=0,
         model_txt=0,
@@ -83,6 +82,12 @@ def test_other_files_are_no_candidates(tmp_path):
     (tmp_path / "model.pt").mkdir()
     with pytest.raises(BntoolsError, match=r"neither a model\.recalibrated\.\* nor a model\.\*"):
         paths.newest_model(tmp_path / "model.onnx")
+
+
+def test_a_recalibrated_onnx_file_is_a_candidate(tmp_path):
+    """Who has ONNX files only folds the recalibrated one."""
+    files(tmp_path, model_recalibrated_onnx=0, model_onnx=0)
+    assert paths.newest_model(tmp_path / "model.onnx")[0].name == "model.recalibrated.onnx"
 
 
 def test_brackets_in_a_name_are_no_pattern(tmp_path):

@@ -34,6 +34,7 @@ _HOME = {
     "require": "session",
     "runners": "running",
     "save": "files",
+    "takes": "inputs",
     "tidy": "tidying",
     "to_inference": "inference",
     "working": "files",

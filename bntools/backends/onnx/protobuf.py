@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ def read(path: str | Path) -> onnx.ModelProto:
     """
     path = Path(path)
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = _parsed(path)
     except OSError as error:
         raise BntoolsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DecodeError as error:
@@ -36,6 +38,16 @@ def read(path: str | Path) -> onnx.ModelProto:
     if not model.HasField("graph") or not model.ir_version:
         raise BntoolsError(f"{path}: not an ONNX model: it holds no graph. Was the file written to its end?")
     check_external(model, path)
+    return model
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    """The message in a file, parsed where the system maps it: reading it first would take its size once more."""
+    model = onnx.ModelProto()
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+                model.ParseFromString(view)  # type: ignore[arg-type]
     return model
 
 
