@@ -25,6 +25,8 @@ from bntools.resizing import redrawn, resized, shuffled
 from bntools.runner import Outputs
 from bntools.verification import Verification, verify
 
+ONNX = ("onnx",)  # the exporter of what is an ONNX file already, whose batch axis is as it is
+
 
 @dataclass(frozen=True)
 class Exported(Verification):
@@ -70,10 +72,11 @@ def export(
     BN layers are folded first (``bntools.fold``). The exporters are tried in turn until a file verifies
     against the model in ONNX Runtime, also on other values and batch sizes: the batch axis is dynamic wherever
     the model and an exporter allow it. Only then does the file appear under its name, in one step, replacing what was
-    there. Weights of 1.8 GB and more lie in a file beside it. The model is left as it was.
+    there. Weights of 1.8 GB and more lie in a file beside it, as do those of an ONNX model that were external
+    before. The model is left as it was.
 
     Args:
-        model: an nn.Module on any device.
+        model: an nn.Module on any device, an ONNX model or the path of one.
         path: the file to write, ending in ``.onnx``.
         example: one batch: an array, a tuple or list (its first element), or a dict, whose keywords become the
             names of the file's inputs.
@@ -87,16 +90,19 @@ def export(
     """
     path = _onnx_path(path)
     backend, onnx = backends.of(model), backends.backend("onnx")
-    exporters = backend.EXPORTERS
     onnx.require(providers)
+    model = backend.edit(model)
     runner = backend.runners(model)[0]
-    plans, notes = _plans(runner.run, example, exporters)
+    plans, notes = _plans(runner.run, example, backend.EXPORTERS)
     source, folded, kept, remarks = _folded(backend, model, example)
 
     def attempt(plan: Plan, file: Path) -> Verification:
-        raw = file.with_name("exported.onnx")
-        backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
-        onnx.tidy(raw, file, data.name, opset)
+        if backend is onnx:
+            onnx.export(source, file, data.name, opset)
+        else:
+            raw = file.with_name("exported.onnx")
+            backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
+            onnx.tidy(raw, file, data.name, opset)
         onnx.check(file)
         return verify(model, file, plan.batches, providers=providers, tolerance=tolerance)
 
@@ -149,7 +155,8 @@ def _plans(run: Callable[[Any], Outputs], example: Any, exporters: Sequence[str]
     # Traced with one sample, an exporter may take the 1 for a constant.
     traced = example if samples > 1 else resized(example, 2)
     other = resized(example, max(samples, 2) + 1)
-    return [*(Plan(exporter, traced, other, [example, *batches, *fresh]) for exporter in exporters), *fixed], notes
+    dynamic = [Plan(exporter, traced, other, [example, *batches, *fresh]) for exporter in exporters]
+    return dynamic if exporters == ONNX else [*dynamic, *fixed], notes
 
 
 def _fresh(run: Callable[[Any], Outputs], example: Any) -> tuple[list[Any], list[str]]:

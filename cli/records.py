@@ -103,20 +103,29 @@ def write_both(model: Any, output: Path, record: dict[str, Any], record_path: Pa
 
 @contextmanager
 def _kept(path: Path) -> Iterator[None]:
-    """If the block fails, put back the file that was at this path, or none if there was none."""
-    backup = _backup(path) if path.exists() else None
+    """If the block fails, put back the file that was at this path, and its data file, or none if there was none."""
+    before = [path, *_data_files(path)] if path.exists() else []
+    backups = {each: _backup(each) for each in before}
     try:
         yield
     except BaseException:
-        if backup is not None:
-            os.replace(backup, path)
-        else:
-            path.unlink(missing_ok=True)
+        for written in {path, *_data_files(path)} - backups.keys():
+            written.unlink(missing_ok=True)
+        for each, backup in backups.items():
+            os.replace(backup, each)
         raise
     finally:
         # also after putting it back: renaming one of two names of the same file removes neither
-        if backup is not None:
+        for backup in backups.values():
             backup.unlink(missing_ok=True)
+
+
+def _data_files(path: Path) -> set[Path]:
+    """The files with external weights that were written together with a model file."""
+    from bntools import backends, datafiles
+
+    referred = getattr(backends.of_path(path), "external_files", None)
+    return datafiles.owned(path, referred) if referred else set()
 
 
 def _backup(path: Path) -> Path:

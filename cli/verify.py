@@ -42,8 +42,7 @@ def command(
     Each is a model file or an ONNX file; DATA, --shape or the record of REFERENCE say what they take.
     """
     first, second = (_model(path, arch, allow) for path in (reference, candidate))
-    in_memory = next((each for each in (first, second) if not isinstance(each, Path)), None)
-    batches, described = inputs(reference, in_memory, data, shape, reading)
+    batches, described = inputs(reference, _described(first, second), data, shape, reading)
     output.say(f"comparing on {described}", quiet=as_json)
     import bntools
 
@@ -52,12 +51,21 @@ def command(
         check = bntools.verify(first, second, batches, providers=providers or ("cpu",), tolerance=tolerance)
     if as_json:
         output.as_json({"reference": str(reference), "candidate": str(candidate), **shipping.verification(check)})
+    else:
+        for one in check.outputs:
+            click.echo(str(one))
     if not check.passed:
         raise VerificationError(f"{candidate} does not agree with {reference}: {check}", check)
     if not as_json:
         click.echo(str(check))
         for note in check.notes:
             click.echo(note)
+
+
+def _described(first: Any, second: Any) -> Any:
+    """The model that says what both take: an ONNX file, which knows most, or else the one in memory."""
+    path = next((each for each in (first, second) if isinstance(each, Path)), None)
+    return first if path is None else load(path, None, ())
 
 
 def _model(path: Path, arch: str | None, allow: tuple[str, ...]) -> Any:

@@ -47,7 +47,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                model.ParseFromString(view)  # type: ignore[arg-type]
+                model.ParseFromString(view)
     return model
 
 
