@@ -31,8 +31,21 @@ class View:
 
     def shape(self, name: str) -> Shape:
         """The shape of a value. Raises KeyError where it has none."""
+        if name in self.shapes:
+            return self.shapes[name]
         tensor = self.document.initializers.get(name)
-        return tuple(tensor.dims) if tensor is not None and name not in self.shapes else self.shapes[name]
+        if tensor is not None:
+            return tuple(tensor.dims)
+        maker = self.document.producers[name]
+        if maker.op_type != "Constant":
+            raise KeyError(name)
+        for one in maker.attribute:
+            if one.name == "value":
+                return tuple(one.t.dims)
+        value = self.document.constant(name)
+        if value is None:
+            raise KeyError(name)
+        return value.shape
 
     def is_constant(self, name: str) -> bool:
         """Whether a value is the same in every run."""
