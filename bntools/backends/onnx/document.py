@@ -77,7 +77,14 @@ class Document:
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of a constant of the main graph; None for what is an input or computed from one."""
-        return self._constant(name, {}) if name in self.constants else None
+        try:
+            return self._constant(name, {}) if name in self.constants else None
+        except BntoolsError:
+            raise
+        except Exception as error:  # the reference implementation runs what a file says, and may raise anything
+            raise BntoolsError(
+                f"{self.name}: the constant {name!r} cannot be computed: {type(error).__name__}: {error}"
+            ) from error
 
     def _constant(self, name: str, known: dict[str, np.ndarray]) -> np.ndarray:
         if name not in known:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from bntools.backends.onnx.document import Document, all_nodes, opened, subgraphs
-from bntools.backends.onnx.layers import OP, attribute, found, trains
+from bntools.backends.onnx.layers import OP, attribute, found, label, trains
 from bntools.errors import BntoolsError
 
 STANDARD = ("", "ai.onnx")
@@ -78,7 +78,7 @@ def in_training(document: Document) -> list[Training]:
                 name, training = next(names).name, trains(node, opset)
             elif node.op_type == "Dropout":
                 constants = _constants(root) if constants is None else constants
-                name, training = node.name or node.output[0], _drops(document, node, opset, constants)
+                name, training = label(node), _drops(document, node, opset, constants)
             else:
                 continue
             if training:

@@ -12,6 +12,7 @@ import onnx
 
 from bntools.backends.onnx.document import Document, opened, subgraphs
 from bntools.backends.onnx.tracing import scopes
+from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm, Stats
 
 OP = "BatchNormalization"
@@ -66,7 +67,12 @@ def trains(node: onnx.NodeProto, opset: int) -> bool:
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """The value of a node's attribute."""
-    return next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+    try:
+        return next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+    except ValueError as error:
+        raise BntoolsError(
+            f"node {node.name!r} ({node.op_type}): its attribute {name!r} is damaged: {error}"
+        ) from error
 
 
 def obstacle(document: Document, one: Found) -> str:
@@ -75,11 +81,18 @@ def obstacle(document: Document, one: Found) -> str:
         return f"it lies {one.inside}"
     if not attribute(one.node, "spatial", 1):
         return "it keeps statistics per element (spatial=0), not per channel"
+    if len(one.node.input) <= VAR or not one.node.output:
+        return f"it is damaged: it has {len(one.node.input)} inputs of 5, and {len(one.node.output)} outputs"
+    shapes = {}
     for place, what in ((MEAN, "mean"), (VAR, "variance"), (SCALE, "scale"), (SHIFT, "shift")):
         name = one.node.input[place]
-        if document.constant(name) is None:
+        value = document.constant(name)
+        if value is None:
             how = "an input of the graph" if name in document.inputs else "computed in the graph"
             return f"its {what} is no constant but {how}"
+        shapes[what] = value.shape
+    if len(set(shapes.values())) > 1 or len(shapes["mean"]) != 1:
+        return f"its constants have other shapes than one number a channel: {shapes}"
     return ""
 
 
@@ -87,7 +100,7 @@ def _record(document: Document, one: Found) -> BatchNorm:
     node = one.node
     # In a subgraph or function only what is a constant of the main graph is known.
     arrays = [_array(document, one, place) for place in (MEAN, VAR, SCALE, SHIFT)]
-    mean, var, scale, shift = (None if array is None else array.astype(np.float64) for array in arrays)
+    mean, var, scale, shift = (None if array is None else array.astype(np.float64).reshape(-1) for array in arrays)
     if one.name in document.stats:
         mean, var = document.stats[one.name]
     known = next((array for array in arrays if array is not None), np.zeros(0, np.float32))
@@ -99,8 +112,8 @@ def _record(document: Document, one: Found) -> BatchNorm:
         kind=OP,
         features=known.size,
         axis=1,
-        eps=attribute(node, "epsilon", EPS),
-        momentum=attribute(node, "momentum", MOMENTUM),
+        eps=_number(document, one, "epsilon", EPS),
+        momentum=_number(document, one, "momentum", MOMENTUM),
         mean=mean,
         var=var,
         scale=scale,
@@ -112,6 +125,13 @@ def _record(document: Document, one: Found) -> BatchNorm:
         remarks=(*remarks, *([reason] if reason else [])),
         obstacle=reason,
     )
+
+
+def _number(document: Document, one: Found, name: str, default: float) -> float:
+    value = attribute(one.node, name, default)
+    if not isinstance(value, (int, float)):
+        raise BntoolsError(f"{document.name}: layer {one.name!r} has the {name} {value!r} where a number was expected")
+    return float(value)
 
 
 def stats_of(document: Document, one: Found) -> Stats:
@@ -137,13 +157,16 @@ def _in_graph(nodes: Any, inside: str) -> Iterator[tuple[onnx.NodeProto, str]]:
         if node.op_type == OP and node.domain in ("", "ai.onnx"):
             yield node, inside
         for graph in subgraphs(node):
-            yield from _in_graph(
-                graph.node, inside or f"in a subgraph of {node.op_type} {node.name or node.output[0]!r}"
-            )
+            yield from _in_graph(graph.node, inside or f"in a subgraph of {node.op_type} {label(node)!r}")
+
+
+def label(node: onnx.NodeProto) -> str:
+    """What messages call a node: its name, its output, or at least its operator."""
+    return next((name for name in (node.name, *node.output) if name), str(node.op_type))
 
 
 def _candidates(node: onnx.NodeProto) -> list[str]:
     prefixes = {name[: max(name.rfind("."), name.rfind("/"), 0)] for name in node.input[1:]}
     shared = prefixes.pop() if len(prefixes) == 1 else ""
     module = next(iter(scopes(node)[-1:]), "")
-    return [name for name in (shared, module, node.name, node.output[0]) if name]
+    return [name for name in (shared, module, node.name, *node.output[:1]) if name] or [OP]

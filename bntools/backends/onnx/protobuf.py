@@ -37,6 +37,8 @@ def read(path: str | Path) -> onnx.ModelProto:
         raise BntoolsError(f"{path}: not an ONNX model, or a truncated one: {error}") from error
     if not model.HasField("graph") or not model.ir_version:
         raise BntoolsError(f"{path}: not an ONNX model: it holds no graph. Was the file written to its end?")
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise BntoolsError(f"{path}: a damaged ONNX model: a name in its graph is no text")
     check_external(model, path)
     return model
 
@@ -168,6 +170,38 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     yield from _sparse(model.graph)
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         yield from _node_tensors(nodes)
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[str]:
+    """Names in a model. Those that are no UTF-8 come as bytes, which protobuf does not mind."""
+    for entry in model.opset_import:
+        yield entry.domain
+    for props in model.metadata_props:
+        yield from (props.key, props.value)
+    for tensor in tensors(model):
+        yield tensor.name
+        for pair in tensor.external_data:
+            yield from (pair.key, pair.value)
+    yield from _texts_of(model.graph)
+    for function in model.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+        yield from (text for node in function.node for text in _texts_of_node(node))
+
+
+def _texts_of(graph: onnx.GraphProto) -> Iterator[str]:
+    yield graph.name
+    yield from (value.name for values in (graph.input, graph.output, graph.value_info) for value in values)
+    for node in graph.node:
+        yield from _texts_of_node(node)
+
+
+def _texts_of_node(node: onnx.NodeProto) -> Iterator[str]:
+    yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
+    for attribute in node.attribute:
+        yield attribute.name
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _texts_of(graph)
 
 
 def _node_tensors(nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
