@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ class Divergence:
 
     ``name`` is that of a module of the source model or of a value in the graph, ``op`` the operator (of a module:
     its class) that computes it in the candidate and ``node`` that operator's node, empty where it has no name.
-    ``error`` is its scale-relative error, infinite where NaN or infinities are on one side only.
+    ``error`` is its scale-relative error, infinite where it is NaN, or infinite on one side only; on one sample of
+    the batch if that shows the difference.
     """
 
     name: str
@@ -87,7 +89,7 @@ class _Probe:
         if not self.right.inputs:
             return None
         names = {point: name for name, (_, point) in self.pairs.items()}
-        return lambda name: [names[one] for one in nearest(self.right.inputs, self.pairs[name][1], names)]
+        return cache(lambda name: [names[one] for one in nearest(self.right.inputs, self.pairs[name][1], names)])
 
     def differ(self, chosen: Sequence[str]) -> list[bool]:
         """Whether each of these pairs is off by more than the tolerance, from one run of each model."""
@@ -128,25 +130,58 @@ def first_differing(
     ``differ`` tells of some names whether each differs; ``width()`` is how many it may be asked for at a time.
     If one more look can take in all, it does, and the answer is exact. Otherwise by bisection, which supposes
     that what comes before a value that agrees agrees too, and ends at a value that differs while those it
-    is computed from agree.
+    is computed from agree. A value that differs without consequence, as between two layers that were folded,
+    is passed over: everything computed from it agrees.
     """
     known: dict[str, bool] = {}
-    suspects, found = list(names), None
-    while suspects:
-        picks = _picks(suspects, width())
-        known.update(zip(picks, differ(picks), strict=True))
-        found = next((pick for pick in picks if known[pick]), found)
-        if len(known) < len(names) <= width():
-            rest = [name for name in names if name not in known]
-            known.update(zip(rest, differ(rest), strict=True))
-            return next((name for name in names if known[name]), None)
-        agreeing = [pick for pick in picks if not known[pick]]
-        cleared = _ancestors(agreeing, names, before)
-        within = set(suspects) if found is None else _ancestors([found], names, before)
-        suspects = [name for name in suspects if name in within and name not in cleared and name not in known]
+
+    def look(chosen: Sequence[str]) -> None:
+        known.update(zip(chosen, differ(chosen), strict=True))
+
+    harmless: list[str] = []
+    after = _after(names, before)
+    while (found := _search(names, before, known, look, width)) is not None:
+        readers = after.get(found, [])
+        while unread := [name for name in readers if name not in known]:
+            look(unread[: width()])
+        if not readers or any(known[name] for name in readers):
+            return found
+        harmless.append(found)
+        known[found] = False
+    return harmless[0] if harmless else None
+
+
+def _search(
+    names: Sequence[str],
+    before: Callable[[str], Sequence[str]] | None,
+    known: dict[str, bool],
+    look: Callable[[Sequence[str]], None],
+    width: Callable[[], int],
+) -> str | None:
+    """The first name that differs, starting from what is known."""
+    while True:
+        if known and len(known) < len(names) <= width():
+            look([name for name in names if name not in known])
+        found = next((name for name in names if known.get(name)), None)
+        cleared = _ancestors([name for name in names if known.get(name) is False], names, before)
+        within = set(names) if found is None else _ancestors([found], names, before)
+        suspects = [name for name in names if name in within and name not in cleared and name not in known]
         if not suspects and found is not None and before is not None:
             suspects = [name for name in before(found) if name not in known]
-    return found
+        if not suspects:
+            return found
+        look(_picks(suspects, width()))
+
+
+def _after(names: Sequence[str], before: Callable[[str], Sequence[str]] | None) -> dict[str, list[str]]:
+    """Which names are computed from each directly, where that is known."""
+    result: dict[str, list[str]] = {}
+    if before is None:
+        return result
+    for name in names:
+        for one in before(name):
+            result.setdefault(one, []).append(name)
+    return result
 
 
 def _ancestors(of: Sequence[str], names: Sequence[str], before: Callable[[str], Sequence[str]] | None) -> set[str]:

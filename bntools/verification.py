@@ -63,6 +63,8 @@ def verify(
     checks = [trial.result(truth, samples, tolerance) for trial in trials]
     worst = max(range(len(checks)), key=lambda i: (not checks[i].passed, checks[i].error))
     check, trial = checks[worst], trials[worst]
+    remarks = dict.fromkeys((*check.notes, *(note for trial in trials for note in trial.runner.notes)))
+    check = replace(check, notes=tuple(remarks))
     if not check.passed and tolerance is None:
         check = _pardoned(check, truth, trial.worst_batch)
     if check.passed:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bntools.comparison import Comparison, error
+from bntools.comparison import EDGES, EXPONENTS, Comparison, error
 
 
 def compare(reference, candidate, parts=1):
@@ -127,3 +127,48 @@ def test_equal_infinities():
     assert comparison.add(reference, reference + 0.02) == pytest.approx(0.01)
     assert "1 values are infinite in both models" in str(comparison.note)
     assert Comparison("y").note is None
+
+
+def test_histogram():
+    """Differences are counted by decade of the output's scale: equal ones, each decade, and those above."""
+    relative = np.array([0.0, 0.0, 3e-17, 5e-7, 2e-7, 4e-3, 0.5, 7.0])
+    # Zeros, but for one value that sets the scale.
+    result = compare(np.append(np.zeros(8), 100.0), np.append(relative * 100, 100.0))
+    counts = dict(zip(["equal", "tiny", *EXPONENTS], result.histogram, strict=True))
+    assert {key: count for key, count in counts.items() if count} == {
+        "equal": 3,
+        "tiny": 1,
+        -7: 2,
+        -3: 1,
+        -1: 1,
+        0: 1,
+    }
+    assert str(result).endswith(
+        "of its scale: equal 33.3%, <1e-16 11.1%, <1e-06 22.2%, <1e-02 11.1%, <1e+00 11.1%, >=1 11.1%"
+    )
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_histogram_of_a_stream(parts, seed):
+    """The histogram of a stream is that of all samples together, though the scale is known only at its end."""
+    rng = np.random.default_rng(seed)
+    reference = rng.normal(size=(30, 5)) * np.arange(1, 31)[:, None]
+    candidate = reference + rng.normal(size=(30, 5)) * 10.0 ** rng.integers(-12, 1, size=(30, 5))
+    whole, split = compare(reference, candidate).histogram, compare(reference, candidate, parts).histogram
+    assert whole == split
+    assert sum(whole) == reference.size
+    edges = [0, *EDGES, np.inf]
+    exact, _ = np.histogram(np.abs(reference - candidate) / np.abs(reference).max(), edges)
+    assert np.abs(np.cumsum(whole[1:]) - np.cumsum(exact)).max() <= 3  # an edge is met to 2.3 %
+
+
+def test_no_histogram():
+    """Outputs that cannot be compared have none, and say so in one line all the same."""
+    result = compare(np.ones(3), np.array([1.0, np.nan, 1.0]))
+    assert result.histogram == ()
+    assert str(result) == "output 'y': error inf, max inf, mean inf"
+
+
+def test_histogram_of_exact_outputs():
+    """Integers are counted like floats."""
+    assert compare(np.array([1, 2, 10]), np.array([1, 2, 11])).histogram[:2] == (2, 0)

@@ -59,10 +59,18 @@ def test_graphs(data, size, width):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_masked_difference(width):
-    """Where a difference is hidden and shows again, a value is named only if what it is computed from agrees."""
+    """A difference hidden in one branch that shows in another: a value is named only if what it comes from agrees."""
     inputs = {"a": [], "b": ["a"], "c": ["b"], "d": ["c", "b"], "e": ["d"]}
     found, _ = search(list(inputs), {"b", "d", "e"}, width, inputs.__getitem__)
     assert found == "b"
+
+
+@pytest.mark.parametrize("width", [1, 2, 9])
+def test_difference_without_consequence(width):
+    """A value that differs while all that is computed from it agrees is passed over for one whose difference lasts."""
+    inputs = {"a": [], "b": ["a"], "c": ["b"], "d": ["c"], "e": ["d"], "f": ["e"]}
+    assert search(list(inputs), {"b", "d", "e", "f"}, width, inputs.__getitem__)[0] == "d"
+    assert search(list(inputs), {"b"}, 9, inputs.__getitem__)[0] == "b"
 
 
 @pytest.mark.parametrize("flags", [(0, 1, 0, 0, 1), (1, 0, 0, 0, 0), (0, 0, 0, 0, 1)])
@@ -150,7 +158,7 @@ def test_windows_follow_the_graph():
 
 
 def test_a_fold_in_either_model_is_no_divergence():
-    """A model in which one value has absorbed the next agrees with the one that has both, whichever is the reference."""
+    """A model in which one value has absorbed the next agrees with the one that has both, in either order."""
     inputs = {"conv": (), "bn": ("conv",), "out": ("bn",)}
     values = {"conv": np.ones(3), "bn": np.full(3, 5.0), "out": np.full(3, 7.0)}
     unfolded = Trace(tuple(values), {}, lambda points: {p: values[p] for p in points}, inputs)

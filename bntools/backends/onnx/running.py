@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,11 +11,10 @@ import numpy as np
 import onnxruntime as ort
 
 from bntools.backends.onnx.providers import Provider, available, requested
-from bntools.backends.onnx.session import open_session, placement, quiet, require_placed
+from bntools.backends.onnx.session import open_session, placement, plain, quiet, require_placed
 from bntools.backends.onnx.subject import Subject, subject
 from bntools.backends.onnx.tracing import trace
 from bntools.errors import BntoolsError
-from bntools.noise import brief
 from bntools.resizing import to_numpy
 from bntools.runner import Outputs, Runner, Trace
 
@@ -24,6 +24,8 @@ DTYPES = {
     "tensor(string)": "object",
     "tensor(bfloat16)": None,  # numpy has no such dtype
 }
+# What has no numpy dtype cannot be read; nor can sequences and optionals.
+UNREADABLE = re.compile(r"tensor\((bfloat16|u?int[24]|float[48]\w*)\)|seq\(.*|optional\(.*|sparse_tensor\(.*|map\(.*")
 TF32 = ("CUDAExecutionProvider", "1")
 
 
@@ -106,26 +108,31 @@ def _trace(one: Subject, providers: Sequence[Provider], optimize: bool, batch: A
         session = open_session(
             source, one.name, providers, optimize=optimize, folder=one.content_folder, lean=one.large
         )
-        return run(session, batch, one.name, points)
+        strange = {output.name for output in session.get_outputs() if UNREADABLE.fullmatch(output.type)}
+        return run(session, batch, one.name, [point for point in points if point not in strange])
 
     return trace(one.proto(), read)
 
 
 def run(session: ort.InferenceSession, batch: Any, name: str, points: Sequence[str] | None = None) -> Outputs:
-    """The outputs of a session for one batch by name: all of them, or only those called for."""
+    """The outputs of a session for one batch by name: all of them, or only those called for.
+
+    Raises BntoolsError for a batch that does not fit, a model that fails, and an output that is no tensor or has
+    a dtype that numpy has not.
+    """
     names = [output.name for output in session.get_outputs()] if points is None else list(points)
-    try:
-        values = session.run(names, feed(session.get_inputs(), batch, name), quiet())
-    except BntoolsError:
-        raise
-    except Exception as error:  # the runtime's own errors share no base class but this one
-        raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {name}: {brief(error)}") from error
-    for output, value in zip(names, values, strict=True):
-        if points is None and not isinstance(value, np.ndarray):
+    fed = feed(session.get_inputs(), batch, name)
+    for output in session.get_outputs() if points is None else ():
+        if UNREADABLE.fullmatch(output.type):
             raise BntoolsError(
-                f"{name}: output {output!r} is no tensor but a {type(value).__name__}: cannot be compared"
+                f"{name}: output {output.name!r} is {output.type}, which ONNX Runtime does not give to numpy: it "
+                f"cannot be compared; end the model with a Cast to float32, or with the tensors inside"
             )
-    return {one: value for one, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
+    try:
+        values = session.run(names, fed, quiet())
+    except Exception as error:  # the runtime's own errors share no base class but this one
+        raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {name}: {plain(error)}") from error
+    return dict(zip(names, values, strict=True))
 
 
 def feed(inputs: Sequence[Any], batch: Any, name: str) -> Outputs:

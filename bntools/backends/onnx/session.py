@@ -15,7 +15,7 @@ from bntools.backends.onnx.providers import CPU, OPTIONS, Provider, available, f
 from bntools.errors import BntoolsError
 from bntools.noise import brief, caught
 
-__all__ = ["full_names", "open_session", "placement", "quiet", "require", "require_placed"]
+__all__ = ["full_names", "open_session", "placement", "plain", "quiet", "require", "require_placed"]
 
 ERRORS, FATAL = 3, 4  # log severities; an error that is raised needs no second line on stderr
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -24,6 +24,9 @@ RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # since ONNX Runti
 # 2.2 GB of Conv and BN, the peak was 2.2 times the file with these and 1.03 times without.
 COPYING = ("ConvBNFusion", "ConvMulFusion", "ConvAddFusion", "MatMul_BatchNormalization_Fusion", "NchwcTransformer")
 LEAN = {"session.disable_prepacking": "1", "optimization.disable_specified_optimizers": ";".join(COPYING)}
+LACKING = re.compile(r"Could not find an implementation for \w+\((?P<since>\d+)\)")
+OLDEST_OPSET = 7  # onnxruntime.ai/docs/reference/compatibility.html
+SOURCE_PLACE = re.compile(r"/onnxruntime_src/[^\s:]+:\d+ [^(]*\(")  # a file, a line and the head of a signature
 UNKNOWN_OPERATOR = (
     re.compile(r"Fatal error: (?P<domain>[^:\s]*):(?P<op>\w+)\(-?\d+\) is not a registered function/op"),
     re.compile(r"No Op registered for (?P<op>\S+) with domain_version of -?\d+"),
@@ -119,12 +122,29 @@ def _refused(name: str, reason: str, wanted: list[tuple[str, dict[str, str]]]) -
                 f"{name} uses the operator {found['op']!r} of the domain {domain!r}, which ONNX Runtime "
                 f"{ort.__version__} does not have: it cannot be run, only inspected"
             )
-    message = f"ONNX Runtime {ort.__version__} cannot load {name}: {brief(reason)}"
-    if "NOT_IMPLEMENTED" in reason or "Type Error" in reason:
+    message = f"ONNX Runtime {ort.__version__} cannot load {name}: {plain(reason)}"
+    if (lacking := LACKING.search(reason)) and int(lacking["since"]) < OLDEST_OPSET:
+        return (
+            f"{message} (it is the operator as of opset {lacking['since']}, and ONNX Runtime serves opsets from "
+            f"{OLDEST_OPSET} on: convert the model, with onnx.version_converter.convert_version)"
+        )
+    if lacking or "NOT_IMPLEMENTED" in reason or "Type Error" in reason:
         message += f" ({wanted[0][0]} lacks this operator in this dtype: try float32, or another provider)"
     if given := [f"{provider} {options}" for provider, options in wanted if options != OPTIONS.get(provider, {})]:
         message += f" (asked for with options: {', '.join(given)})"
     return message
+
+
+def plain(reason: object) -> str:
+    """What ONNX Runtime says went wrong, in one line, without the place in its C++ sources that may stand before it."""
+    text = str(reason)
+    if place := SOURCE_PLACE.search(text):
+        depth, end = 1, place.end()
+        while depth and end < len(text):
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        text = text[: place.start()] + text[end:].removeprefix(" const").lstrip()
+    return brief(text)
 
 
 def quiet() -> ort.RunOptions:

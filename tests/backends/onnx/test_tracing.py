@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bntools.backends.onnx import runners
-from bntools.backends.onnx.tracing import SCOPES, modules, points, scopes
+from bntools.backends.onnx.tracing import SCOPES, dependencies, modules, points, scopes
 
 
 def node(name="", *, metadata=None, op="Relu", inputs=("x",), outputs=("y",)):
@@ -84,3 +84,47 @@ def test_values_of_a_file_with_external_weights(tmp_path):
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     trace = runners(tmp_path / "m.onnx")[0].trace(np.array([-1.0, 2.0]))
     assert trace.read(["z"])["z"].tolist() == [0, 6]
+
+
+def test_operators_and_dependencies():
+    """A value is known with its operator and node, and with the values it is computed from, constants left out."""
+    trace = runners(chain())[0].trace(np.array([1.0]))
+    assert trace.ops["b"] == ("Neg", "/body/body.1/Neg")
+    assert dict(trace.inputs) == {"a": (), "b": ("a",), "y": ("b",)}
+
+
+def test_dependencies_through_what_is_no_value():
+    """What a subgraph reads counts for its node; a sequence stands for what it is made of."""
+    body = helper.make_graph(
+        [helper.make_node("Add", ["a", "b"], ["inner"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, ["n"])],
+    )
+    model = chain()
+    model.graph.node.extend(
+        [
+            helper.make_node("If", ["flag"], ["chosen"], then_branch=body, else_branch=body),
+            helper.make_node("SequenceConstruct", ["chosen", "y"], ["both"]),
+            helper.make_node("ConcatFromSequence", ["both"], ["z"], axis=0),
+        ]
+    )
+    assert set(points(model)) == {"a", "b", "y", "chosen", "z"}
+    found = dependencies(model, set(points(model)))
+    assert set(found["chosen"]) == {"a", "b"}
+    assert set(found["z"]) == {"chosen", "y"}
+
+
+def test_every_output_of_a_node():
+    """All outputs of a node are values, the second of a Split as well."""
+    split = helper.make_node("Split", ["x"], ["p", "", "q"])
+    graph = helper.make_graph([split], "g", [], [])
+    assert list(points(helper.make_model(graph))) == ["p", "q"]
+
+
+def test_values_without_a_numpy_dtype():
+    """Values that numpy has no dtype for are left out, and the others are read all the same."""
+    model = chain()
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["half"], to=TensorProto.BFLOAT16))
+    values = runners(model)[0].trace(np.array([-1.0, 2.0])).read(["a", "half"])
+    assert {name: array.tolist() for name, array in values.items()} == {"a": [0, 2]}
