@@ -38,7 +38,7 @@ class Draft:
         self._taken = {one for node in all_nodes(self.proto.graph) for one in (*node.input, *node.output)}
         self._taken |= document.initializers.keys() | document.inputs | document.outputs
         self._new: dict[str, onnx.TensorProto] = {}
-        self._parted: dict[tuple[str, str], str] = {}
+        self._parted: dict[str, dict[str, str]] = {}  # by name, the new tensors by what they hold
         self._file = WeightFile(document) if any(map(is_external, tensors(document.proto))) else None
 
     def reindex(self) -> None:
@@ -56,16 +56,18 @@ class Draft:
         ``wanted`` is what a tensor is called that is not there yet.
         """
         old = node.input[place] if len(node.input) > place else ""
-        if old in self.source.initializers and self.uses[old] == 1:
+        parted = self._parted.setdefault(old, {})
+        shared = bool(old) and (bool(parted) or self.uses[old] > 1)
+        digest = hashlib.blake2b(raw(values)).hexdigest() if shared else ""
+        name = parted.get(digest) if shared else None
+        if name is None and old in self.source.initializers and self.uses[old] == 1:
             self._fill(old, values, self.source.initializers[old])
             return
-        key = (old, hashlib.blake2b(raw(values)).hexdigest()) if old else None
-        name = self._parted.get(key) if key else None
         if name is None:
             name = self.unused_name(f"{old}_folded" if old else wanted)
             self._fill(name, values, self.source.initializers.get(old))
-            if key:
-                self._parted[key] = name
+            if shared:
+                parted[digest] = name
         while len(node.input) <= place:
             node.input.append("")
         node.input[place] = name

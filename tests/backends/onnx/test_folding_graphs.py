@@ -65,7 +65,7 @@ BLOCK = st.tuples(
 @SEARCH
 @given(st.lists(BLOCK, min_size=1, max_size=4), OPSETS, st.booleans(), st.sampled_from([3, 8]), st.integers(0, 99))
 def test_backward(blocks, opset, constants, ir, seed):
-    """BN behind a linear operation is folded through whatever passes, also where weights are shared; else it is kept."""
+    """BN behind a linear operation folds through whatever passes, also where weights are shared; else it is kept."""
     b = Builder(opset, seed, constants=constants, ir=ir)
     b.channels, weights, kept, outputs, x = 4, {}, Counter(), [], "x"
     for kind, biased, between, chain, ending, shares in blocks:
@@ -91,6 +91,127 @@ def test_backward(blocks, opset, constants, ir, seed):
     other = example(3, 4, 13, 12, seed=2)
     assert gap(run(model, other), run(folded.model, other)) < 1e-4
     check(folded.model)
+
+
+@SEARCH
+@given(
+    st.tuples(st.booleans(), st.booleans(), st.sampled_from([1.0, 0.5, -2.0]), st.sampled_from([1.0, 0.25, 0.0])),
+    st.sampled_from([None, (), (1,), (5,), (1, 5), (2, 1), (2, 5), (1, 1)]),
+    st.sampled_from(["before", "behind", "both"]),
+    st.booleans(),
+    OPSETS,
+    st.integers(0, 99),
+)
+def test_gemm(form, bias, where, shared, opset, seed):
+    """Gemm takes BN up on either side, whatever alpha, beta, transA and transB are and whatever shape C has."""
+    trans_a, trans_b, alpha, beta = form
+    b = Builder(opset, seed)
+    x = b.bn("x", 4) if where != "behind" and not trans_a else b.op("Identity", "x")
+    x = b.op("Transpose", x) if trans_a else x
+    weight, c = b.const(b.draw(*((5, 4) if trans_b else (4, 5)))), None if bias is None else b.const(b.draw(*bias))
+    if c is None and opset < 11:
+        c = b.const(b.draw(5))
+    inputs = [x, weight] + ([c] if c is not None else [])
+    options = {"alpha": alpha, "beta": beta, "transA": int(trans_a), "transB": int(trans_b)}
+    y = b.op("Gemm", *inputs, **options)
+    y = b.bn(y, 5) if where != "before" else y
+    outputs = [y, b.op("Gemm", b.op("Relu", x), *inputs[1:], **options)] if shared else [y]
+    model, batch = b.model(outputs, (2, 4)), example(2, 4)
+    if where == "before" and trans_a:
+        return
+    folded = bntools.fold(model, batch)
+    assert not [name for name in folded.kept if not shared or where == "behind"], folded.kept
+    assert gap(run(model, batch), run(folded.model, batch)) < 1e-5
+    check(folded.model)
+
+
+@SEARCH
+@given(
+    st.sampled_from(["right", "left", "gemm left"]),
+    st.sampled_from([None, (), (5,), (1, 5), (6, 5), (1, 1), (6, 1)]),
+    st.integers(2, 4),
+    st.sampled_from(["before", "behind", "both"]),
+    OPSETS,
+    st.integers(0, 99),
+)
+def test_matmul(side, bias, rank, where, opset, seed):
+    """MatMul takes BN up with a weight on either side, with and without a following Add of any shape."""
+    b = Builder(opset, seed)
+    rank = 2 if side == "gemm left" else rank
+    into, out, axis = 4, 5 if side == "right" else 6, rank - 1 if side == "right" else rank - 2
+    shape = [3, 2, 6, 5][4 - rank :]
+    shape[axis] = into
+    x = around(b, "x", axis, rank, into) if where != "behind" else "x"
+    if side == "right":
+        y = b.op("MatMul", x, b.const(b.draw(into, out)))
+    elif side == "left":
+        y = b.op("MatMul", b.const(b.draw(out, into)), x)
+    else:
+        y = b.op("Gemm", b.const(b.draw(out, into)), x, b.const(b.draw(out, 1)), alpha=0.5, beta=2.0)
+    width = shape[:-2] + ([shape[-2], out] if side == "right" else [out, shape[-1]])
+    fits = bias is not None and np.broadcast_shapes(bias, tuple(width)) == tuple(width)
+    if fits and (side != "gemm left" or bias[:1] == (6,)):
+        y = b.op("Add", y, b.const(b.draw(*bias)))
+    y = around(b, y, axis, rank, out) if where != "before" else y
+    model, batch = b.model([y], tuple(shape)), example(*shape)
+    folded = bntools.fold(model, batch)
+    assert not folded.kept
+    assert gap(run(model, batch), run(folded.model, batch)) < 1e-5
+    check(folded.model)
+
+
+def around(b: Builder, x: str, axis: int, rank: int, channels: int) -> str:
+    """BN along an axis that need not be axis 1."""
+    order = [i for i in range(rank) if i != axis]
+    order.insert(1, axis)
+    y = b.bn(b.op("Transpose", x, perm=order), channels)
+    return b.op("Transpose", y, perm=[order.index(i) for i in range(rank)])
+
+
+@SEARCH
+@given(
+    st.sampled_from(["conv 1", "conv 2", "dense", "transposed 1", "transposed 2"]),
+    st.booleans(),
+    st.lists(st.sampled_from(["identity", "max", "average", "flat", "reflect", "cut"]), max_size=2, unique=True),
+    st.integers(1, 3),
+    OPSETS,
+    st.integers(0, 99),
+)
+def test_forward(kind, biased, between, readers, opset, seed):
+    """BN behind a ReLU goes into whatever linear operations read it, if none of them pads with zeros."""
+    b = Builder(opset, seed)
+    x = b.bn(b.op("Relu", "x"), 4, positive="max" in between)
+    steps = {
+        "identity": lambda x: b.op("Identity", x),
+        "max": lambda x: b.op("MaxPool", x, kernel_shape=[2, 2]),
+        "average": lambda x: b.op("AveragePool", x, kernel_shape=[2, 2]),
+        "flat": lambda x: b.op("Transpose", b.op("Transpose", x, perm=[1, 0, 3, 2]), perm=[1, 0, 3, 2]),
+        "reflect": lambda x: b.pad(x, [0, 0, 1, 0, 0, 0, 1, 1], "reflect"),
+        "cut": lambda x: b.op("Concat", *b.op("Split", x, outputs=2, axis=1, **split(opset)), axis=1),
+    }
+    for name in between:
+        x = steps[name](x)
+    outputs = []
+    for _ in range(readers):
+        bias = [b.const(b.draw(4))] if biased else []
+        groups = int(kind[-1]) if kind[-1].isdigit() else 1
+        if kind == "dense":
+            y = b.op("MatMul", b.op("Transpose", x, perm=[0, 2, 3, 1]), b.const(b.draw(4, 5)))
+        elif kind.startswith("conv"):
+            y = b.op("Conv", x, b.const(b.draw(4, 4 // groups, 3, 2)), *bias, group=groups, strides=[2, 1])
+        else:
+            y = b.op("ConvTranspose", x, b.const(b.draw(4, 4 // groups, 1, 1)), *bias, group=groups)
+        outputs.append(y)
+    model, batch = b.model(outputs, ("n", 4, "h", "w")), example(2, 4, 8, 9)
+    folded = bntools.fold(model, batch)
+    assert not folded.kept
+    assert gap(run(model, batch), run(folded.model, batch)) < 1e-5
+    check(folded.model)
+
+
+def split(opset: int) -> dict[str, object]:
+    """What a Split into halves needs in this opset."""
+    return {"num_outputs": 2} if opset >= 18 else {}
 
 
 def check(model: onnx.ModelProto) -> None:

@@ -1,0 +1,369 @@
+"""Which BN layers of an ONNX graph can be folded and why others cannot, case by case."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx_nets import Builder, example, gap, ops, run
+
+import bntools
+from bntools import BntoolsError
+from bntools.backends.onnx import describing, linear, operators
+from bntools.graph import Identity
+
+IMAGE = example(2, 3, 7, 7)
+
+
+def conv(b: Builder, x: str = "x", into: int = 3, out: int = 4, **options) -> str:
+    """A convolution of size 3 without bias."""
+    return b.op("Conv", x, b.const(b.draw(out, into, 3, 3)), name=options.pop("name", ""), **options)
+
+
+def folds(model: onnx.ModelProto, batch=IMAGE, tolerance: float = 1e-5) -> bntools.folding.Folded:
+    """The model folded, after checking that its function is the same."""
+    folded = bntools.fold(model, batch)
+    assert gap(run(model, batch), run(folded.model, batch)) < tolerance
+    onnx.checker.check_model(folded.model, full_check=True)
+    return folded
+
+
+def test_a_nonlinearity_is_named():
+    """A BN behind Conv and ReLU and before a padded Conv is kept, with operator and node of what is in the way."""
+    b = Builder()
+    x = b.op("Relu", conv(b, name="conv1"), name="relu1")
+    y = conv(b, b.bn(x, 4, "bn"), 4, name="conv2", pads=[1, 1, 1, 1])
+    assert folds(b.model([y])).kept == {
+        "bn": "cannot go back: Relu 'relu1' stands between it and Conv 'conv1'; "
+        "cannot go forward: Conv 'conv2' pads with zeros, which a shift would change"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "folded"),
+    [
+        ({"auto_pad": "SAME_UPPER"}, 0),
+        ({"auto_pad": "VALID"}, 1),
+        ({"pads": [0, 1, 0, 0]}, 0),
+        ({"dilations": [2, 2]}, 1),
+    ],
+)
+def test_zero_padding_stops_a_shift_on_its_way_forward(options, folded):
+    """BN goes into the convolution behind it exactly where that pads with nothing."""
+    b = Builder()
+    y = conv(b, b.bn(b.op("Relu", "x"), 3), **options)
+    assert len(folds(b.model([y])).folded) == folded
+
+
+@pytest.mark.parametrize("options", [{}, {"strides": [2, 2]}, {"pads": [1, 1, 1, 1]}, {"output_padding": [1, 0]}])
+def test_a_transposed_convolution_with_taps_takes_no_shift_in(options):
+    """BN before a ConvTranspose stays: its outputs sum different numbers of taps."""
+    b = Builder()
+    options = {"strides": [2, 2], **options} if "output_padding" in options else options
+    y = b.op("ConvTranspose", b.bn(b.op("Relu", "x"), 3), b.const(b.draw(3, 4, 2, 2)), **options)
+    (reason,) = folds(b.model([y])).kept.values()
+    assert "gives its outputs from different numbers of inputs" in reason
+
+
+def test_one_weight_with_two_layers():
+    """A weight that two convolutions share, each with a BN of its own, is parted; the BNs' shared shift is too."""
+    b = Builder()
+    weight, shift = b.const(b.draw(3, 3, 1, 1), "w"), b.const(b.draw(3), "shift")
+    first = b.bn(b.op("Conv", "x", weight), 3, "one")
+    second = b.bn(b.op("Conv", b.op("Relu", first), weight), 3, "two")
+    for node in b.nodes:
+        if node.op_type == "BatchNormalization":
+            node.input[2] = shift
+    folded = folds(b.model([second]))
+    assert ops(folded.model) == ["Conv", "Relu", "Conv"]
+    names = [tensor.name for tensor in folded.model.graph.initializer]
+    assert len(names) == 4
+    assert shift not in names
+
+
+def test_a_weight_that_keeps_another_use_stays_for_it():
+    """Where one user of a weight changes, the other still reads the weight as it was, under its name."""
+    b = Builder()
+    weight = b.const(b.draw(3, 3, 1, 1), "w")
+    plain = b.op("Conv", "x", weight, name="plain")
+    model = b.model([b.bn(b.op("Conv", "x", weight, name="changed"), 3), plain])
+    reads = {node.name: node.input[1] for node in folds(model).model.graph.node}
+    assert reads == {"plain": "w", "changed": "w_folded"}
+
+
+def test_equal_copies_of_a_weight_are_one():
+    """Two convolutions that share their weight and read like BNs share the new weight as well."""
+    b = Builder()
+    weight = b.const(b.draw(3, 3, 1, 1), "w")
+    outputs = [b.bn(b.op("Conv", x, weight), 3, f"bn{i}") for i, x in enumerate(["x", b.op("Relu", "x")])]
+    for node in b.nodes[-1:]:
+        node.input[1:] = b.nodes[-3 if b.nodes[-3].op_type == "BatchNormalization" else -4].input[1:]
+    model = b.model(outputs)
+    del model.graph.initializer[len(model.graph.initializer) - 4 :]
+    folded = folds(model)
+    assert len({node.input[1] for node in folded.model.graph.node if node.op_type == "Conv"}) == 1
+
+
+def test_dense_along_the_length_is_no_dense_along_the_channels():
+    """A BN over the channels of (N, C, L) is not folded into a MatMul over L, although C and L are equal."""
+    b = Builder()
+    y = b.bn(b.op("MatMul", "x", b.const(b.draw(4, 4))), 4, "bn")
+    kept = folds(b.model([y], (2, 4, 4)), example(2, 4, 4)).kept
+    assert "has its channels on axis 2, the layer on axis 1" in kept["bn"]
+
+
+def test_outputs_of_the_graph_keep_their_names():
+    """An output that a folded BN gave is there under its name; a BN that reads an output of the graph is kept."""
+    b = Builder()
+    first = b.bn(conv(b), 4, "one")
+    left, right = b.bn(conv(b, name="both"), 4, "two"), conv(b, name="seen")
+    kept = b.bn(right, 4, "three")
+    folded = folds(b.model([first, left, right, kept]))
+    assert folded.folded == ["one", "two"]
+    assert folded.kept["three"].startswith("cannot go back: the output of Conv 'seen' is an output of the model")
+
+
+def test_two_layers_on_one_convolution():
+    """Two BNs that read one convolution are kept, even where they are alike: each names the other."""
+    b = Builder()
+    y = conv(b)
+    first, second = b.bn(y, 4, "one"), b.bn(y, 4, "two")
+    b.nodes[-1].input[1:] = b.nodes[-2].input[1:]
+    model = b.model([first, second])
+    del model.graph.initializer[5:]
+    reasons = folds(model).kept
+    assert "BatchNormalization 'one_out' and BatchNormalization 'two_out'" in reasons["one_out"]
+
+
+@pytest.mark.parametrize("extra", [1, 3])
+def test_training_mode_is_refused(extra):
+    """A BN with training_mode=1, its extra outputs there or not, is nothing to fold: the graph says why."""
+    b = Builder()
+    b.bn(conv(b), 4, "bn")
+    b.nodes[-1].attribute.append(helper.make_attribute("training_mode", 1))
+    b.nodes[-1].output.extend(["mean", "var"][: extra - 1])
+    model = b.model(["bn_out"], strict=False)
+    if extra == 3:  # with fewer outputs ONNX Runtime does not run it
+        assert describing.graph(model, IMAGE).fixed["bn"].startswith("it is in training mode")
+    with pytest.raises(BntoolsError, match="training mode"):
+        bntools.fold(model, IMAGE)
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_statistics_that_are_no_constants(place):
+    """A BN one of whose arrays is an input of the graph, or computed from one, is kept with that reason."""
+    for computed in (False, True):
+        b = Builder()
+        b.bn(conv(b), 4, "bn")
+        b.nodes[-1].input[place] = "given"
+        if computed:
+            b.nodes.insert(0, helper.make_node("Relu", ["given"], ["positive"]))
+            b.nodes[-1].input[place] = "positive"
+        model = b.model(["bn_out"], given=(4,))
+        batch = {"x": IMAGE, "given": np.arange(1, 5, dtype=np.float32)}
+        (kept,) = bntools.fold(model, batch).kept.values()
+        assert ("computed in the graph" if computed else "an input of the graph") in kept
+
+
+def test_an_initializer_that_callers_may_replace_is_no_constant():
+    """A weight that is an input of the graph as well is not rewritten: whoever runs the model may give another."""
+    b = Builder()
+    y = b.bn(b.op("Conv", "x", b.const(b.draw(4, 3, 3, 3), "w")), 4, "bn")
+    model = b.model([y])
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, (4, 3, 3, 3)))
+    assert "its weight is an input of the graph" in bntools.fold(model, IMAGE).kept["bn"]
+
+
+def test_a_computed_weight_or_bias_is_named():
+    """A convolution whose weight or bias the graph computes from its input is named with what computes it."""
+    for place in (1, 2):
+        b = Builder()
+        arrays = [b.const(b.draw(4, 3, 3, 3)), b.const(b.draw(4))]
+        arrays[place - 1] = b.op("Add", arrays[place - 1], b.axes("ReduceMean", "x", [0, 1, 2, 3], keepdims=0))
+        y = b.bn(b.op("Conv", "x", *arrays), 4, "bn")
+        what = ("weight", "bias")[place - 1]
+        assert f"its {what} is computed in the graph by Add" in folds(b.model([y])).kept["bn"]
+
+
+def test_what_an_exporter_left_to_be_computed_from_constants():
+    """A bias that is expanded from a zero of the input's type to the weight's first axis is a constant."""
+    b = Builder(18)
+    weight, one = b.const(b.draw(4, 3, 3, 3)), b.const(np.array([1], np.int64))
+    zero = b.op("CastLike", b.const(np.zeros(1)), "x")
+    size = b.op("Expand", b.op("Shape", weight, start=0, end=1), one)
+    y = b.bn(b.op("Conv", "x", weight, b.op("Expand", zero, size)), 4)
+    folded = folds(b.model([y]))
+    assert ops(folded.model) == ["Conv"]
+
+
+def test_reading_a_shape_is_not_reading_a_value():
+    """A Shape node beside the BN does not keep it: a view to a computed shape is no obstacle."""
+    b = Builder()
+    y = conv(b)
+    rows = b.op("Slice", b.op("Shape", y), *(b.const(np.array([i], np.int64)) for i in (0, 1)))
+    shape = b.op("Concat", rows, b.const(np.array([-1], np.int64)), axis=0)
+    y = b.bn(y, 4)
+    z = b.op("Gemm", b.op("Reshape", y, shape), b.const(b.draw(100, 5)))
+    folded = folds(b.model([b.bn(z, 5)]))
+    assert len(folded.folded) == 2
+
+
+def test_graphs_inside_read_too():
+    """A value that a branch of an If reads has a reader; a BN inside the branch is kept, with where it lies."""
+    b = Builder()
+    y = conv(b, name="conv1")
+    value = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
+    inner = Builder()
+    inner.op("Identity", inner.bn(y, 4, "inside"), name="out")
+    then = helper.make_graph([helper.make_node("Relu", [y], ["out"])], "then", [], value)
+    other = helper.make_graph(inner.nodes, "else", [], value, inner.initializers)
+    b.op("If", b.const(np.array(True)), name="if1", then_branch=then, else_branch=other)
+    folded = folds(b.model([b.bn(y, 4, "bn"), "if1"]))
+    assert "the output of Conv 'conv1' is read by" in folded.kept["bn"]
+    assert "If 'if1'" in folded.kept["bn"]
+    assert folded.kept["inside"].startswith("it lies in a subgraph of If")
+
+
+def test_a_branch_reads_what_a_layer_gave():
+    """Where a branch of an If reads the output of a folded BN, it reads the convolution's afterwards."""
+    b = Builder()
+    y = b.bn(conv(b), 4, "bn")
+    value = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
+    branches = [helper.make_graph([helper.make_node(kind, [y], ["out"])], kind, [], value) for kind in ("Relu", "Abs")]
+    b.op("If", b.const(np.array(True)), name="if1", then_branch=branches[0], else_branch=branches[1])
+    assert not folds(b.model(["if1"])).kept
+
+
+def test_functions_survive():
+    """A function of the model's own is called as before; it stands in the way, and is there afterwards."""
+    b = Builder()
+    y = conv(b, name="conv1")
+    y = b.bn(b.op("Twice", y, name="twice1", domain="own"), 4, "bn")
+    y = b.bn(conv(b, b.op("Relu", y), 4), 4, "other")
+    opsets = [helper.make_opsetid("", 17)]
+    function = helper.make_function("own", "Twice", ["a"], ["c"], [helper.make_node("Add", ["a", "a"], ["c"])], opsets)
+    model = b.model(["x"], strict=False)
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, ["n", 4, 3, 3]))
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    folded = folds(model)
+    assert folded.folded == ["other"]
+    assert "Twice 'twice1' stands between it and Conv 'conv1'" in folded.kept["bn"]
+    assert folded.model.functions[0] == function
+
+
+def test_values_that_are_no_tensors():
+    """A sequence has no shape; what makes and reads it stands in the way, and the rest is folded."""
+    b = Builder()
+    y = conv(b, name="conv1")
+    sequence = b.op("SequenceConstruct", y, y, name="sequence1")
+    z = b.bn(b.op("SequenceAt", sequence, b.const(np.array(0)), name="at1"), 4, "behind")
+    folded = folds(b.model([b.bn(conv(b, b.op("Relu", z), 4), 4, "bn")]))
+    assert folded.folded == ["bn"]
+    assert "SequenceAt 'at1' stands between it and" in folded.kept["behind"]
+
+
+def test_an_order_that_is_not_the_order_of_execution():
+    """A file whose nodes are not listed in the order in which they run is folded as it runs."""
+    b = Builder()
+    y = b.op("Relu", b.bn(conv(b), 4, "one"))
+    y = b.bn(b.op("MaxPool", y, kernel_shape=[2, 2]), 4, "two")
+    model = b.model([y])
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(b.nodes))
+    folded = bntools.fold(model, IMAGE)
+    assert folded.folded == ["one"]
+    assert "stands between it and Conv" in folded.kept["two"]
+    assert gap(run(model, IMAGE), run(folded.model, IMAGE)) < 1e-5
+
+
+def test_a_negative_scale_before_max_pooling():
+    """Max-pooling lets only scales pass that are not negative, and says which channel has one."""
+    b = Builder()
+    y = b.op("MaxPool", conv(b), kernel_shape=[2, 2], name="pool1")
+    y = b.op("Add", y, b.const(b.draw(4, 1, 1)))
+    folded = folds(b.model([b.bn(y, 4, "bn", positive=False)]))
+    assert "MaxPool 'pool1' needs a scale that is not negative, and channel " in folded.kept["bn"]
+
+
+def test_padding_between_that_the_layer_would_change():
+    """A Pad with zeros between Conv and BN keeps it, also where an exporter left the pads to be computed."""
+    for computed in (False, True):
+        b = Builder()
+        pads = b.const(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+        if computed:
+            one = b.op(
+                "Cast", b.op("Sign", b.op("Cast", b.op("Size", "x"), to=TensorProto.FLOAT)), to=TensorProto.INT64
+            )
+            pads = b.op("Mul", pads, one)
+        y = b.bn(b.op("Pad", conv(b), pads, name="pad1"), 4, "bn")
+        assert "Pad 'pad1' pads with 0, which the layer would change" in folds(b.model([y])).kept["bn"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "mutant"),
+    [
+        (linear, "_padding_leak", lambda node, view: ""),
+        (linear, "_transposed_leak", lambda node, view: ""),
+        (operators, "_is_copy", lambda node, view: True),
+        (operators, "RESHAPES", (*operators.RESHAPES, "Relu")),
+        (describing, "is_bias", lambda node, place, view: False),
+    ],
+)
+def test_mutants_are_caught(monkeypatch, module, name, mutant):
+    """A description that calls something legal which is not does not get past the comparison that ends every fold."""
+    b = Builder()
+    y = b.bn(b.op("Relu", conv(b)), 4, "relu")
+    y = b.op("Relu", b.bn(b.op("Relu", conv(b, y, 4)), 4, "before"))
+    y = b.bn(y, 4, "padded")
+    y = b.bn(b.op("Relu", conv(b, y, 4, pads=[1, 1, 1, 1])), 4, "transposed")
+    y = b.op("ConvTranspose", y, b.const(b.draw(4, 3, 2, 2)), strides=[1, 2])
+    y = b.bn(b.op("Cast", b.op("Cast", y, to=TensorProto.INT32), to=TensorProto.FLOAT), 3, "rounded")
+    y = b.bn(b.op("Add", y, b.const(b.draw(3, 1, 1))), 3, "biased")
+    model = b.model([y])
+    before = bntools.fold(model, IMAGE)
+    monkeypatch.setattr(module, name, mutant)
+    folded = bntools.fold(model, IMAGE)
+    assert gap(run(model, IMAGE), run(folded.model, IMAGE)) < 1e-4
+    if name == "is_bias":
+        return
+    assert [name for name in folded.kept if "undone" in folded.kept[name]], before.kept
+
+
+def test_a_wrong_axis_is_caught(monkeypatch):
+    """A transposed convolution folded along the wrong axis of its weight is undone, and reported."""
+    import dataclasses
+
+    right = linear._convolution
+
+    def wrong(node, view):
+        found = right(node, view)
+        return dataclasses.replace(found, op=dataclasses.replace(found.op, out_axis=0, in_axis=1))
+
+    b = Builder()
+    model = b.model([b.bn(b.op("ConvTranspose", "x", b.const(b.draw(3, 3, 2, 2))), 3, "bn")])
+    assert bntools.fold(model, IMAGE).folded == ["bn"]
+    monkeypatch.setattr(linear, "_convolution", wrong)
+    assert bntools.fold(model, IMAGE).kept["bn"].startswith("undone")
+
+
+def test_an_example_that_does_not_fit():
+    """A batch of another shape than the input's is refused with both shapes, and the model stays as it was."""
+    b = Builder()
+    model = b.model([b.bn(conv(b), 4)])
+    before = model.SerializeToString()
+    with pytest.raises(BntoolsError, match=r"takes the shape \(n, 3, 7, 7\), but the batch has \(2, 4, 7, 7\)"):
+        bntools.fold(model, example(2, 4, 7, 7))
+    assert model.SerializeToString() == before
+
+
+def test_identity_is_an_operation():
+    """The neutral graph of a chain holds one node for each operator, with the shapes of the run."""
+    b = Builder()
+    model = b.model([b.op("Identity", b.bn(conv(b), 4, "bn"))])
+    graph = describing.graph(model, IMAGE)
+    assert [type(node.op).__name__ for node in graph.nodes] == ["Linear", "Norm", "Identity"]
+    assert isinstance(graph.nodes[-1].op, Identity)
+    assert [graph.shapes[node.outputs[0]] for node in graph.nodes] == [(2, 4, 5, 5)] * 3
