@@ -191,6 +191,7 @@ def _texts(model: onnx.ModelProto) -> Iterator[str]:
 def _texts_of(graph: onnx.GraphProto) -> Iterator[str]:
     yield graph.name
     yield from (value.name for values in (graph.input, graph.output, graph.value_info) for value in values)
+    yield from (dim.dim_param for value in (*graph.input, *graph.output) for dim in value.type.tensor_type.shape.dim)
     for node in graph.node:
         yield from _texts_of_node(node)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,21 @@ from bntools.errors import BntoolsError
 NAME = "weights.data"
 
 
+class Folder:
+    """A temporary folder that goes with the last model that needs it, without TemporaryDirectory's warning."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="bntools-")).resolve()
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 class WeightFile:
     """Takes the new weights first, then whatever else of the source's external weights the new model still names."""
 
     def __init__(self, source: Document):
         self._source = source
-        self._folder = tempfile.TemporaryDirectory(prefix="bntools-", ignore_cleanup_errors=True)
-        self._path = Path(self._folder.name).resolve() / NAME
+        self._folder = Folder()
+        self._path = self._folder.path / NAME
         self._file = open(self._path, "wb")  # noqa: SIM115 - close() closes it
 
     def write(self, tensor: onnx.TensorProto, values: np.ndarray) -> bool:
@@ -42,7 +52,7 @@ class WeightFile:
         for tensor in external:
             next(entry for entry in tensor.external_data if entry.key == "location").value = NAME
 
-    def close(self) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    def close(self) -> tuple[Path, Folder]:
         """The folder of the file, and what it lives as long as."""
         self._file.close()
         return self._path.parent, self._folder
