@@ -207,7 +207,9 @@ class Graph:
         for node in self.calls[layer]:
             source[node.outputs[0]] = source.get(node.inputs[0], node.inputs[0])
         nodes = tuple(
-            replace(node, inputs=tuple(source.get(value, value) for value in node.inputs))
+            node
+            if source.keys().isdisjoint(node.inputs)
+            else replace(node, inputs=tuple(source.get(value, value) for value in node.inputs))
             for node in self.nodes
             if not (isinstance(node.op, Norm) and node.op.layer == layer)
         )
