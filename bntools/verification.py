@@ -69,9 +69,13 @@ def verify(
         check = _pardoned(check, truth, trial.worst_batch)
     if check.passed:
         return check
-    # Where the file is right and the runtime's optimizer is not, the file is the better reference.
-    nearest = trials[0].runner if checks[0].passed else truth
-    return _located(check, nearest, trial)
+    # Where the file is right and the runtime's optimizer is not, the file is the better reference. Where the file
+    # is as wrong as the worst, it is looked into without optimizations, which hide values.
+    if checks[0].passed:
+        truth = trials[0].runner
+    elif checks[0].error >= check.error / 2:
+        trial = trials[0]
+    return _located(check, truth, trial)
 
 
 def _located(check: Verification, truth: Runner, trial: Trial) -> Verification:
