@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -140,3 +141,24 @@ def test_options_are_in_the_error(monkeypatch):
     with pytest.raises(BntoolsError) as caught:
         require(["cuda"])
     assert "options" not in str(caught.value).replace("Unknown provider option", "")
+
+
+def test_lean_sessions_copy_no_weights():
+    """A lean session leaves alone what would be a copy of a weight: a BN is not fused into its convolution."""
+    constants = [onnx.numpy_helper.from_array(np.ones(4, np.float32), name) for name in ("s", "b", "m", "v")]
+    constants.append(onnx.numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w"))
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", "s", "b", "m", "v"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+    def operators(lean):
+        opened = open_session(made.SerializeToString(), "g", ["cpu"], optimize=True, lean=lean)
+        parts = opened.get_provider_graph_assignment_info()
+        return {node.op_type for part in parts for node in part.get_nodes()}
+
+    assert operators(lean=True) == {"Conv", "BatchNormalization"}
+    assert "BatchNormalization" not in operators(lean=False)
