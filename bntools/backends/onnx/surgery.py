@@ -20,7 +20,7 @@ from bntools.errors import BntoolsError
 from bntools.graph import Bias, Graph, Linear, Norm
 from bntools.legality import Step, Target
 
-SLAB = 8 << 20  # elements of a weight that are computed at a time, in float64
+SLAB = 1 << 20  # elements of a weight that are computed at a time, in float64: what fits the cache
 
 
 def absorb(model: Any, graph: Graph, steps: Sequence[Step]) -> Document:
@@ -106,7 +106,9 @@ def _absorbed(
         bias = np.broadcast_to(bias, (*bias.shape[:-1], channels))
     parts = []
     for slab in _slabs(op, weight.shape):
-        part = weight[slab.where].astype(np.float64) * alpha
+        part = weight[slab.where].astype(np.float64)
+        if alpha != 1:
+            part *= alpha
         own = None if bias is None else bias[..., slab.outs]
         for target in targets:
             change, which = (absorb_output, slab.outs) if target.side == "output" else (absorb_input, slab.ins)
@@ -181,9 +183,10 @@ def _change_bias(draft: Draft, op: Bias, targets: list[Target]) -> None:
 def _cast(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         result = values.astype(dtype)
-    lost = ~np.isfinite(result) & np.isfinite(values)
-    if lost.any():
-        raise BntoolsError(f"{what} of {np.abs(values[lost]).max():.3g} does not fit {dtype}")
+    if not np.isfinite(result).all():
+        lost = ~np.isfinite(result) & np.isfinite(values)
+        if lost.any():
+            raise BntoolsError(f"{what} of {np.abs(values[lost]).max():.3g} does not fit {dtype}")
     return result
 
 
