@@ -16,7 +16,6 @@ from torch import nn
 import bntools
 from bntools import BntoolsError, backends
 from bntools.backends.onnx import running
-from bntools.divergence import Divergence
 from bntools.noise import caught
 from bntools.verification import default_tolerance
 
