@@ -108,7 +108,8 @@ def export(
 
     with data_file(path, onnx.external_files) as data, _workshop(path) as folder:
         file, plan, check, failures = _first_that_verifies(plans, folder, path.name, attempt)
-        exported = _exported(check, plan, folded, kept, [*notes, *remarks, *failures, *check.notes])
+        said = [note.replace(str(file), path.name) for note in check.notes]
+        exported = _exported(check, plan, folded, kept, [*notes, *remarks, *failures, *said])
         onnx.add_metadata(file, _record(runner.name, backend, exported))
         _publish(file, data, path)
     return exported

@@ -497,3 +497,28 @@ def test_conversions_are_said(tmp_path):
     Image.new("P", (4, 4)).save(tmp_path / "b.png", transparency=0)
     assert data.open(tmp_path).description == "2 images 3x4x4; 1 converted to RGB; alpha dropped in 1"
     assert data.open(tmp_path, channels=1).spec["converted"] == 1
+
+
+def test_arrays_with_channels_last(tmp_path):
+    """With layout NHWC an array is normalized along its last axis, and the record says so."""
+    array = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3)
+    np.save(tmp_path / "a.npy", array)
+    found = data.open(tmp_path / "a.npy", channels=3, layout="NHWC", mean=(1, 2, 3), std=(2, 2, 2))
+    (batch,) = found
+    np.testing.assert_allclose(batch, (array - np.array([1, 2, 3])) / 2)
+    assert found.spec["channel_axis"] == 3
+    assert len(found.spec["measured"]["mean"]) == 3
+
+
+def test_raw_pixels(tmp_path):
+    """Images of a folder, and arrays, that are named raw stay 8-bit numbers; a mean does not go with them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (batch,) = data.open(tmp_path, raw=("",), layout="NHWC")
+    assert batch.dtype == np.uint8
+    np.testing.assert_array_equal(batch[0], pixels)
+    np.savez(tmp_path / "b.npz", one=pixels[None], two=pixels[None])
+    (named,) = data.open(tmp_path / "b.npz", raw=("two",))
+    assert (named["one"].dtype, named["two"].dtype) == (np.float32, np.uint8)
+    with pytest.raises(BntoolsError, match="are for floating-point inputs"):
+        data.open(tmp_path, raw=("",), mean=(0,), std=(1,))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +262,38 @@ def test_unknown_operators(run, refused, bench):
     assert run("reset custom.onnx").status == 0
     for line in ("recalibrate custom.onnx images.npy", "fold custom.onnx -o out.onnx", "export custom.onnx out.onnx"):
         assert "Secret" in refused(line)
+
+
+WITHOUT_TORCH = """
+import shlex, sys
+sys.modules["torch"] = sys.modules["tensorflow"] = None
+from bntools.cli import main
+for line in sys.stdin:
+    status = main.main(shlex.split(line, comments=True)[1:], prog_name="bntools", standalone_mode=False)
+    assert not status, line
+"""
+
+
+def told(start: str) -> str:
+    """The first block of code in the README's section on ONNX files that begins so."""
+    text = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    section = text.split("## With nothing but model.onnx")[1].split("\n## ")[0]
+    return next(block for block in section.split("```")[1::2] if block.startswith(start))
+
+
+def test_the_commands_of_the_readme_without_pytorch(bench):
+    """What the README types for ONNX files works as it stands there, and where PyTorch is not installed."""
+    lines = [line for line in told("\npip").splitlines() if line.startswith("bntools ")]
+    assert len(lines) == 5
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input="\n".join(lines), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"model.recalibrated.onnx", "folded.onnx", "shipped.onnx"} <= set(os.listdir())
+
+
+def test_the_python_of_the_readme(bench, capsys):
+    """The README's lines of Python for ONNX files run as they stand there."""
+    batches, names = [images(), images(seed=1)], {"bntools": bntools}
+    exec(told("python").removeprefix("python"), names | {"batches": batches, "images": images()})
+    assert capsys.readouterr().out.startswith("verified on 6 samples")
