@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -50,6 +52,13 @@ class Bias:
 
     slot: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """The first input times a constant, float64 and finite, with broadcasting to the input's shape."""
+
+    factor: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,23 @@ class Other:
     """Anything else: no scale or shift gets past it."""
 
 
-Op = Linear | Norm | Bias | Pool | Reduce | Resize | Pad | Reshape | Permute | Concat | Slice | Add | Identity | Other
+Op = (
+    Linear
+    | Norm
+    | Bias
+    | Scale
+    | Pool
+    | Reduce
+    | Resize
+    | Pad
+    | Reshape
+    | Permute
+    | Concat
+    | Slice
+    | Add
+    | Identity
+    | Other
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bntools.affine import Affine
 from bntools.errors import BntoolsError
-from bntools.graph import Add, Concat, Graph, Identity, Node, Pad, Permute, Pool, Reduce, Reshape, Resize, Slice
+from bntools.graph import Add, Concat, Graph, Identity, Node, Pad, Permute, Pool, Reduce, Reshape, Resize, Scale, Slice
 
 Shape = tuple[int, ...]
 
@@ -30,6 +30,8 @@ def backward(graph: Graph, node: Node, wanted: Affine) -> list[tuple[int, Affine
     match op:
         case Identity():
             return [(value, wanted)]
+        case Scale(factor):
+            return [(value, Affine(wanted.scale, _divided(wanted.shift, factor, node.label)))]
         case Reshape():
             return [(value, reshaped(wanted, graph.shapes[node.outputs[0]], graph.shapes[value]))]
         case Permute(order):
@@ -64,6 +66,8 @@ def forward(graph: Graph, node: Node, given: Mapping[int, Affine]) -> Affine:
     match node.op:
         case Identity():
             return affine
+        case Scale(factor):
+            return Affine(affine.scale, _compressed(affine.shift * factor))
         case Reshape():
             return reshaped(affine, graph.shapes[value], graph.shapes[node.outputs[0]])
         case Permute(order):
@@ -148,6 +152,13 @@ def _compressed(array: np.ndarray) -> np.ndarray:
         if array.shape[axis] > 1 and (array == first).all():
             array = first
     return array
+
+
+def _divided(shift: np.ndarray, factor: np.ndarray, label: str) -> np.ndarray:
+    """What has to be added before a multiplication so that ``shift`` is added behind it."""
+    if np.any((shift != 0) & (factor == 0)):
+        raise Refused(f"{label} multiplies with 0, behind which a shift has no counterpart")
+    return _compressed(shift / np.where(factor == 0, 1.0, factor))
 
 
 def _ranges(ends: np.ndarray) -> list[slice]:

@@ -13,12 +13,12 @@ import onnx
 from bntools.backends.onnx.document import STANDARD, all_nodes, opened, subgraphs
 from bntools.backends.onnx.layers import found, obstacle, trains
 from bntools.backends.onnx.linear import is_bias, linear_of
-from bntools.backends.onnx.operators import SIZES, transparent
+from bntools.backends.onnx.operators import SIZES, swapped, transparent
 from bntools.backends.onnx.probing import probe
 from bntools.backends.onnx.valuetypes import FLOATS, value_types
 from bntools.backends.onnx.view import Shape, View, label, slot
 from bntools.errors import BntoolsError
-from bntools.graph import Bias, Graph, Node, Norm, Op, Other
+from bntools.graph import Bias, Graph, Node, Norm, Op, Other, Scale
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 Meaning = tuple[Op, tuple[str, ...], tuple[str, ...], frozenset[str]]
@@ -88,6 +88,8 @@ class _Description:
             for place in (1, 0):
                 if is_bias(node, place, view):
                     return self._bias(node, place)
+        if node.op_type == "Mul" and view.is_constant(node.input[0]):
+            node = swapped(node)
         ops = transparent(node, view)
         if ops is None:
             return []
@@ -96,7 +98,8 @@ class _Description:
                 view.shape(name)
         if len(ops) > 1 or (node.op_type == "Split" and ops):
             return [(op, (node.input[0],), (output,), frozenset()) for op, output in zip(ops, node.output, strict=True)]
-        return [(ops[0], tuple(filter(None, node.input)), tuple(filter(None, node.output)), frozenset())]
+        inputs = node.input[:1] if isinstance(ops[0], Scale) else filter(None, node.input)
+        return [(ops[0], tuple(inputs), tuple(filter(None, node.output)), frozenset())]
 
     def _norm(self, node: onnx.NodeProto) -> list[Meaning]:
         one, document = self.layers[node.output[0]], self.view.document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -9,11 +10,12 @@ import onnx
 
 from bntools.backends.onnx.layers import attribute
 from bntools.backends.onnx.view import View
-from bntools.graph import Add, Concat, Identity, Op, Pad, Permute, Pool, Reduce, Reshape, Resize, Slice
+from bntools.graph import Add, Concat, Identity, Op, Pad, Permute, Pool, Reduce, Reshape, Resize, Scale, Slice
 
 RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 # These read how large a value is, not what it holds.
 SIZES = ("Shape", "Size")
+MOST = 1 << 20  # elements of a constant factor; a larger one is data
 _INTERPOLATED = (b"tf_crop_and_resize",)  # makes up values outside of the input
 
 
@@ -33,11 +35,34 @@ def transparent(node: onnx.NodeProto, view: View) -> list[Op] | None:
         return [Concat(int(attribute(node, "axis", 1)) % len(view.shape(node.output[0])))]
     if name in ("Add", "Sum"):
         return [Add()] if attribute(node, "broadcast", None) is None else None
+    if name in ("Mul", "Div"):
+        return _scaling(node, view)
     if name in ("Identity", "Dropout", "Cast"):
         return [Identity()] if _is_copy(node, view) else None
     if name in ("Slice", "Split"):
         return _slices(node, view)
     return _windows(node, view)
+
+
+def swapped(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A node of two inputs with these in the other order."""
+    return onnx.helper.make_node(node.op_type, [*node.input][::-1], node.output, name=node.name)
+
+
+def _scaling(node: onnx.NodeProto, view: View) -> list[Op] | None:
+    """The first input times or by a constant."""
+    if [view.is_constant(name) for name in node.input] != [False, True]:
+        return None
+    if view.shape(node.input[0]) != view.shape(node.output[0]):
+        return None
+    if math.prod(view.shape(node.input[1])) > MOST or not view.is_float(node.output[0]):
+        return None
+    value = view.document.constant(node.input[1])
+    assert value is not None
+    with np.errstate(divide="ignore"):
+        factor = value.astype(np.float64) if node.op_type == "Mul" else 1 / value.astype(np.float64)
+    rank = len(view.shape(node.output[0]))
+    return [Scale(factor.reshape((1,) * (rank - factor.ndim) + factor.shape))] if np.isfinite(factor).all() else None
 
 
 def _is_copy(node: onnx.NodeProto, view: View) -> bool:

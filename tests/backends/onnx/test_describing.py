@@ -288,6 +288,17 @@ def test_a_negative_scale_before_max_pooling():
     assert "MaxPool 'pool1' needs a scale that is not negative, and channel " in folded.kept["bn"]
 
 
+def test_a_factor_of_zero():
+    """A shift has no counterpart before a multiplication with 0, and the reason says so; without a shift it has."""
+    b = Builder()
+    y = b.bn(b.op("Mul", conv(b), b.const(np.array([[[1.0]], [[0]], [[2]], [[3]]], np.float32)), name="mul1"), 4, "bn")
+    assert "Mul 'mul1' multiplies with 0" in folds(b.model([y])).kept["bn"]
+    b.initializers = [one for one in b.initializers if one.name not in ("bn.bias", "bn.running_mean")]
+    for part in ("bias", "running_mean"):
+        b.const(np.zeros(4, np.float32), f"bn.{part}")
+    assert folds(b.model([y])).folded == ["bn"]
+
+
 def test_padding_between_that_the_layer_would_change():
     """A Pad with zeros between Conv and BN keeps it, also where an exporter left the pads to be computed."""
     for computed in (False, True):

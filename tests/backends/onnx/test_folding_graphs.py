@@ -30,6 +30,8 @@ PASSING = {
     "halves": lambda b, x: b.op("Concat", *[b.op("Identity", x)], axis=1),
     "a term": lambda b, x: b.op("Add", b.const(b.draw(1)), x),
     "less a row": lambda b, x: b.op("Sub", x, b.const(b.draw(b.channels, 1, 1))),
+    "times a row": lambda b, x: b.op("Mul", b.const(b.draw(b.channels, 1, 1)), x),
+    "by a number": lambda b, x: b.op("Div", x, b.const(np.full(1, -1.5, np.float32))),
     "a row less": lambda b, x: b.op("Sub", b.const(b.draw(1, b.channels, 1, 1)), x),
 }
 
@@ -172,7 +174,9 @@ def around(b: Builder, x: str, axis: int, rank: int, channels: int) -> str:
 @given(
     st.sampled_from(["conv 1", "conv 2", "dense", "transposed 1", "transposed 2"]),
     st.booleans(),
-    st.lists(st.sampled_from(["identity", "max", "average", "flat", "reflect", "cut"]), max_size=2, unique=True),
+    st.lists(
+        st.sampled_from(["identity", "max", "average", "flat", "reflect", "cut", "times"]), max_size=2, unique=True
+    ),
     st.integers(1, 3),
     OPSETS,
     st.integers(0, 99),
@@ -187,6 +191,7 @@ def test_forward(kind, biased, between, readers, opset, seed):
         "average": lambda x: b.op("AveragePool", x, kernel_shape=[2, 2]),
         "flat": lambda x: b.op("Transpose", b.op("Transpose", x, perm=[1, 0, 3, 2]), perm=[1, 0, 3, 2]),
         "reflect": lambda x: b.pad(x, [0, 0, 1, 0, 0, 0, 1, 1], "reflect"),
+        "times": lambda x: b.op("Mul", x, b.const(b.draw(1, 4, 1, 1))),
         "cut": lambda x: b.op("Concat", *b.op("Split", x, outputs=2, axis=1, **split(opset)), axis=1),
     }
     for name in between:
