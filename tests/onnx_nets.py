@@ -10,6 +10,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+import bntools
+from bntools.folding import Folded
+
 
 def newest() -> int:
     """The newest opset of the installed onnx that the installed ONNX Runtime takes."""
@@ -133,3 +136,19 @@ def gap(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> float:
     assert [a.shape for a in before.values()] == [b.shape for b in after.values()]
     pairs = [(a.astype(np.float64), after[name].astype(np.float64)) for name, a in before.items()]
     return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
+
+
+def conv(b: Builder, x: str = "x", into: int = 3, out: int = 4, **options: Any) -> str:
+    """A convolution of size 3 without bias."""
+    return b.op("Conv", x, b.const(b.draw(out, into, 3, 3)), **options)
+
+
+IMAGE = example(2, 3, 7, 7)
+
+
+def folds(model: onnx.ModelProto, batch: Any = IMAGE) -> Folded:
+    """The model folded, after checking that its function is the same and that the checker takes it."""
+    folded = bntools.fold(model, batch)
+    assert gap(run(model, batch), run(folded.model, batch)) < 1e-5
+    onnx.checker.check_model(folded.model, full_check=True)
+    return folded

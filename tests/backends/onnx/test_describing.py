@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
-from onnx_nets import Builder, example, gap, ops, run
+from onnx_nets import IMAGE, Builder, conv, example, folds, ops
 
 import bntools
 from bntools import BntoolsError
-from bntools.backends.onnx import describing, linear, operators
+from bntools.backends.onnx import describing
 from bntools.graph import Identity
-
-IMAGE = example(2, 3, 7, 7)
-
-
-def conv(b: Builder, x: str = "x", into: int = 3, out: int = 4, **options) -> str:
-    """A convolution of size 3 without bias."""
-    return b.op("Conv", x, b.const(b.draw(out, into, 3, 3)), name=options.pop("name", ""), **options)
-
-
-def folds(model: onnx.ModelProto, batch=IMAGE, tolerance: float = 1e-5) -> bntools.folding.Folded:
-    """The model folded, after checking that its function is the same."""
-    folded = bntools.fold(model, batch)
-    assert gap(run(model, batch), run(folded.model, batch)) < tolerance
-    onnx.checker.check_model(folded.model, full_check=True)
-    return folded
 
 
 def test_a_nonlinearity_is_named():
@@ -209,76 +193,6 @@ def test_reading_a_shape_is_not_reading_a_value():
     assert len(folded.folded) == 2
 
 
-def test_graphs_inside_read_too():
-    """A value that a branch of an If reads has a reader; a BN inside the branch is kept, with where it lies."""
-    b = Builder()
-    y = conv(b, name="conv1")
-    value = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
-    inner = Builder()
-    inner.op("Identity", inner.bn(y, 4, "inside"), name="out")
-    then = helper.make_graph([helper.make_node("Relu", [y], ["out"])], "then", [], value)
-    other = helper.make_graph(inner.nodes, "else", [], value, inner.initializers)
-    b.op("If", b.const(np.array(True)), name="if1", then_branch=then, else_branch=other)
-    folded = folds(b.model([b.bn(y, 4, "bn"), "if1"]))
-    assert "the output of Conv 'conv1' is read by" in folded.kept["bn"]
-    assert "If 'if1'" in folded.kept["bn"]
-    assert folded.kept["inside"].startswith("it lies in a subgraph of If")
-
-
-def test_a_branch_reads_what_a_layer_gave():
-    """Where a branch of an If reads the output of a folded BN, it reads the convolution's afterwards."""
-    b = Builder()
-    y = b.bn(conv(b), 4, "bn")
-    value = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
-    branches = [helper.make_graph([helper.make_node(kind, [y], ["out"])], kind, [], value) for kind in ("Relu", "Abs")]
-    b.op("If", b.const(np.array(True)), name="if1", then_branch=branches[0], else_branch=branches[1])
-    assert not folds(b.model(["if1"])).kept
-
-
-def test_functions_survive():
-    """A function of the model's own is called as before; it stands in the way, and is there afterwards."""
-    b = Builder()
-    y = conv(b, name="conv1")
-    y = b.bn(b.op("Twice", y, name="twice1", domain="own"), 4, "bn")
-    y = b.bn(conv(b, b.op("Relu", y), 4), 4, "other")
-    opsets = [helper.make_opsetid("", 17)]
-    function = helper.make_function("own", "Twice", ["a"], ["c"], [helper.make_node("Add", ["a", "a"], ["c"])], opsets)
-    model = b.model(["x"], strict=False)
-    del model.graph.output[:]
-    model.graph.output.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, ["n", 4, 3, 3]))
-    model.functions.append(function)
-    model.opset_import.append(helper.make_opsetid("own", 1))
-    folded = folds(model)
-    assert folded.folded == ["other"]
-    assert "Twice 'twice1' stands between it and Conv 'conv1'" in folded.kept["bn"]
-    assert folded.model.functions[0] == function
-
-
-def test_values_that_are_no_tensors():
-    """A sequence has no shape; what makes and reads it stands in the way, and the rest is folded."""
-    b = Builder()
-    y = conv(b, name="conv1")
-    sequence = b.op("SequenceConstruct", y, y, name="sequence1")
-    z = b.bn(b.op("SequenceAt", sequence, b.const(np.array(0)), name="at1"), 4, "behind")
-    folded = folds(b.model([b.bn(conv(b, b.op("Relu", z), 4), 4, "bn")]))
-    assert folded.folded == ["bn"]
-    assert "SequenceAt 'at1' stands between it and" in folded.kept["behind"]
-
-
-def test_an_order_that_is_not_the_order_of_execution():
-    """A file whose nodes are not listed in the order in which they run is folded as it runs."""
-    b = Builder()
-    y = b.op("Relu", b.bn(conv(b), 4, "one"))
-    y = b.bn(b.op("MaxPool", y, kernel_shape=[2, 2]), 4, "two")
-    model = b.model([y])
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(b.nodes))
-    folded = bntools.fold(model, IMAGE)
-    assert folded.folded == ["one"]
-    assert "stands between it and Conv" in folded.kept["two"]
-    assert gap(run(model, IMAGE), run(folded.model, IMAGE)) < 1e-5
-
-
 def test_a_negative_scale_before_max_pooling():
     """Max-pooling lets only scales pass that are not negative, and says which channel has one."""
     b = Builder()
@@ -311,53 +225,6 @@ def test_padding_between_that_the_layer_would_change():
             pads = b.op("Mul", pads, one)
         y = b.bn(b.op("Pad", conv(b), pads, name="pad1"), 4, "bn")
         assert "Pad 'pad1' pads with 0, which the layer would change" in folds(b.model([y])).kept["bn"]
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "mutant"),
-    [
-        (linear, "_padding_leak", lambda node, view: ""),
-        (linear, "_transposed_leak", lambda node, view: ""),
-        (operators, "_is_copy", lambda node, view: True),
-        (operators, "RESHAPES", (*operators.RESHAPES, "Relu")),
-        (describing, "is_bias", lambda node, place, view: False),
-    ],
-)
-def test_mutants_are_caught(monkeypatch, module, name, mutant):
-    """A description that calls something legal which is not does not get past the comparison that ends every fold."""
-    b = Builder()
-    y = b.bn(b.op("Relu", conv(b)), 4, "relu")
-    y = b.op("Relu", b.bn(b.op("Relu", conv(b, y, 4)), 4, "before"))
-    y = b.bn(y, 4, "padded")
-    y = b.bn(b.op("Relu", conv(b, y, 4, pads=[1, 1, 1, 1])), 4, "transposed")
-    y = b.op("ConvTranspose", y, b.const(b.draw(4, 3, 2, 2)), strides=[1, 2])
-    y = b.bn(b.op("Cast", b.op("Cast", y, to=TensorProto.INT32), to=TensorProto.FLOAT), 3, "rounded")
-    y = b.bn(b.op("Add", y, b.const(b.draw(3, 1, 1))), 3, "biased")
-    model = b.model([y])
-    before = bntools.fold(model, IMAGE)
-    monkeypatch.setattr(module, name, mutant)
-    folded = bntools.fold(model, IMAGE)
-    assert gap(run(model, IMAGE), run(folded.model, IMAGE)) < 1e-4
-    if name == "is_bias":
-        return
-    assert [name for name in folded.kept if "undone" in folded.kept[name]], before.kept
-
-
-def test_a_wrong_axis_is_caught(monkeypatch):
-    """A transposed convolution folded along the wrong axis of its weight is undone, and reported."""
-    import dataclasses
-
-    right = linear._convolution
-
-    def wrong(node, view):
-        found = right(node, view)
-        return dataclasses.replace(found, op=dataclasses.replace(found.op, out_axis=0, in_axis=1))
-
-    b = Builder()
-    model = b.model([b.bn(b.op("ConvTranspose", "x", b.const(b.draw(3, 3, 2, 2))), 3, "bn")])
-    assert bntools.fold(model, IMAGE).folded == ["bn"]
-    monkeypatch.setattr(linear, "_convolution", wrong)
-    assert bntools.fold(model, IMAGE).kept["bn"].startswith("undone")
 
 
 def test_an_example_that_does_not_fit():
