@@ -133,10 +133,9 @@ def test_a_record_that_cannot_be_written_leaves_model_and_data(run, bench, monke
             raise OSError(28, "No space left on device")
         replace(a, b)
 
-    monkeypatch.setattr(os, "replace", last_fails)
-    assert run("recalibrate model.onnx images.npy --force --max-samples 3").status == 1
-    monkeypatch.undo()
-    os.chdir(bench)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", last_fails)
+        assert run("recalibrate model.onnx images.npy --force --max-samples 3").status == 1
     assert {name: Path(name).read_bytes() for name in os.listdir() if Path(name).is_file()} == before
     assert records.read(Path("model.recalibrated.json")) is not None
 
