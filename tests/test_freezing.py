@@ -320,5 +320,5 @@ def test_a_selection_that_fits_nothing_is_an_error(model, verb):
         verb(model, layers=lambda layer: False)
     with pytest.raises(BntoolsError, match="no BN layers"):
         verb(nn.Linear(2, 2))
-    with pytest.raises(BntoolsError, match=r"found a builtins\.str where a model was expected"):
+    with pytest.raises(BntoolsError, match=r"found the path 'model\.pt' where a model was expected"):
         verb("model.pt")
