@@ -2,69 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from os import cpu_count
+from itertools import chain, pairwise
+from os import sched_getaffinity
 
 import numpy as np
 
 from bntools.moments import Moments
 
 RUN = 4096  # values added up in float32, in 16 lanes or more, before float64 takes over: an error of some 1e-7
-LARGE = 1 << 18  # values from which a second thread pays
+PIECE = 1 << 19  # values that stay in the cache between two looks at them
 OFFSET = 32.0  # mean square against variance, beyond which float32 squares lose more than 1e-6 of the variance
 
-_threads = ThreadPoolExecutor(min(4, cpu_count() or 1), thread_name_prefix="bntools-moments")
+_THREADS = min(4, len(sched_getaffinity(0)))
+_pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="bntools-moments")
+
+Sums = tuple[np.ndarray, np.ndarray]
 
 
 def moments_of(x: np.ndarray, per_sample: bool = False) -> tuple[Moments, Moments | None]:
     """Moments of a layer's input of shape (N, C, ...) per channel C, and over the N samples' own means if asked for.
 
-    Half precision is measured in float32. Every run of at most RUN values gives its sum and its sum of
-    squares in float32; they are merged in float64. Where the mean is large against the spread, which
-    would cancel in the squares, the values are measured again about their mean.
+    Half precision is measured in float32. Short runs of values give their sum and their sum of squares
+    in float32, which are merged in float64. Where the mean is large against the spread, which would
+    cancel in the squares, the values are measured again about their mean.
     """
     if x.dtype not in (np.float16, np.float32) or x.ndim < 3 or not x.size:
-        return Moments.of(x), _over_samples(x.reshape(*x.shape[:2], -1).mean(-1, np.float64)) if per_sample else None
+        return Moments.of(x), _of_means(x.reshape(*x.shape[:2], -1).mean(-1, np.float64), per_sample)
     samples, channels = x.shape[:2]
     rows = x.astype(np.float32, copy=False).reshape(samples * channels, -1)
     length = rows.shape[1]
+    count = samples * length
     sums, squares = (total.reshape(samples, channels) for total in _sums(rows, None))
-    mean = sums.sum(0) / (samples * length)
-    m2 = squares.sum(0) - mean * mean * (samples * length)
-    if (squares.sum(0) > OFFSET * m2).any() and np.isfinite(mean).all():
-        about = np.tile(mean.astype(np.float32), samples)
-        off, squares = (total.reshape(samples, channels).sum(0) for total in _sums(rows, about))
-        m2 = squares - off * off / (samples * length)
-        mean = mean.astype(np.float32) + off / (samples * length)
-    moments = Moments(samples * length, mean, np.maximum(m2, 0))
-    return moments, _over_samples(sums / length) if per_sample else None
+    mean, square = sums.sum(0) / count, squares.sum(0)
+    m2 = square - mean * mean * count
+    if (square > OFFSET * m2).any() and np.isfinite(square).all():
+        about = mean.astype(np.float32)
+        totals = _sums(rows, np.tile(about, samples)[:, None])
+        off, square = (total.reshape(samples, channels).sum(0) for total in totals)
+        mean, m2 = about + off / count, square - off * off / count
+    return Moments(count, mean, np.maximum(m2, 0)), _of_means(sums / length, per_sample)
 
 
-def _over_samples(means: np.ndarray) -> Moments:
-    return Moments.of(means)
+def _of_means(means: np.ndarray, wanted: bool) -> Moments | None:
+    return Moments.of(means) if wanted else None
 
 
-def _sums(rows: np.ndarray, about: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and sum of squares of each row in float64, about one value per row or about zero."""
-    if rows.size < LARGE:
-        return _sums_of_part(rows, about)
-    parts = min(len(rows), _threads._max_workers)
-    edges = np.linspace(0, len(rows), parts + 1).astype(int)
-    pieces = [slice(a, b) for a, b in pairwise(edges)]
-    done = _threads.map(lambda piece: _sums_of_part(rows[piece], None if about is None else about[piece]), pieces)
-    sums, squares = zip(*done, strict=True)
+def _sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:
+    """Sum and sum of squares of each row in float64, about a number each, of shape (rows, 1), or about zero."""
+    step = max(1, PIECE // rows.shape[1])
+
+    def measure(share: range) -> list[Sums]:
+        pieces = (slice(first, min(first + step, share.stop)) for first in range(share.start, share.stop, step))
+        return [_of_rows(rows[piece], None if about is None else about[piece]) for piece in pieces]
+
+    shares = _THREADS if rows.size > PIECE else 1
+    edges = np.linspace(0, len(rows), shares + 1).astype(int)
+    ranges = [range(a, b) for a, b in pairwise(edges.tolist())]
+    measured: Iterable[list[Sums]] = map(measure, ranges) if shares == 1 else _pool.map(measure, ranges)
+    sums, squares = zip(*chain.from_iterable(measured), strict=True)
     return np.concatenate(sums), np.concatenate(squares)
 
 
-def _sums_of_part(rows: np.ndarray, about: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _of_rows(rows: np.ndarray, about: np.ndarray | None) -> Sums:
     sums, squares = np.zeros(len(rows)), np.zeros(len(rows))
     for start in range(0, rows.shape[1], RUN):
-        run = rows[:, start : start + RUN]
-        step = len(run) if about is None else max(1, RUN * 16 // run.shape[1])  # what is copied stays in the cache
-        for first in range(0, len(run), step):
-            part = slice(first, first + step)
-            values = run[part] if about is None else run[part] - about[part, None]
-            sums[part] += np.einsum("ij->i", values)
-            squares[part] += np.einsum("ij,ij->i", values, values)
+        values = rows[:, start : start + RUN]
+        values = values if about is None else values - about
+        sums += np.einsum("ij->i", values)
+        squares += np.einsum("ij,ij->i", values, values)
     return sums, squares

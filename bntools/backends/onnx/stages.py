@@ -117,9 +117,13 @@ def model_of(document: Document, stage: Stage, values: Mapping[str, np.ndarray])
         [onnx.ValueInfoProto(name=name) for name in stage.writes],
         [tensor for name, tensor in document.initializers.items() if name in used],
     )
-    model = helper.make_model(
-        graph, opset_imports=list(document.proto.opset_import), functions=document.proto.functions
-    )
+    return as_model(document, graph)
+
+
+def as_model(document: Document, graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A part of a model's graph as a model with the same operators and functions."""
+    model = helper.make_model(graph, opset_imports=list(document.proto.opset_import))
+    model.functions.extend(document.proto.functions)
     model.ir_version = document.proto.ir_version
     return model
 
