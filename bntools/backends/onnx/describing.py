@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import onnx
@@ -14,10 +13,10 @@ from bntools.backends.onnx.document import STANDARD, all_nodes, opened, subgraph
 from bntools.backends.onnx.layers import found, obstacle, trains
 from bntools.backends.onnx.linear import is_bias, linear_of
 from bntools.backends.onnx.operators import SIZES, swapped, transparent
+from bntools.backends.onnx.order import in_order, reads
 from bntools.backends.onnx.probing import probe
 from bntools.backends.onnx.valuetypes import FLOATS, value_types
 from bntools.backends.onnx.view import Shape, View, label, slot
-from bntools.errors import BntoolsError
 from bntools.graph import Bias, Graph, Node, Norm, Op, Other, Scale
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -48,7 +47,7 @@ class _Description:
         self.layers = {one.node.output[0]: one for one in found(view.document) if not one.inside}
 
     def graph(self) -> Graph:
-        ordered = _in_order(self.view.document.proto.graph)
+        ordered = in_order(self.view.document.proto.graph)
         following = {matmul: add for add in ordered if (matmul := self._product_before(add))}
         left_out = self.view.document.constants.union(add.output[0] for add in following.values())
         nodes = [
@@ -67,8 +66,8 @@ class _Description:
             meanings = self._meanings(node, following)
         except (KeyError, IndexError):  # a shape or parameter is unknown, an input is missing
             meanings = []
-        for op, inputs, outputs, reads in meanings or [_other(node)]:
-            yield Node(op, label(node), self._all(inputs), self._all(outputs), reads)
+        for op, inputs, outputs, slots in meanings or [_other(node)]:
+            yield Node(op, label(node), self._all(inputs), self._all(outputs), slots)
 
     def _meanings(self, node: onnx.NodeProto, following: onnx.NodeProto | None) -> list[Meaning]:
         view = self.view
@@ -153,30 +152,5 @@ class _Description:
 def _other(node: onnx.NodeProto) -> Meaning:
     """An operation that nothing gets past; it also reads what the graphs inside it take from outside."""
     sized = node.op_type in SIZES and node.domain in STANDARD
-    inputs = [] if sized else [*filter(None, node.input), *captured(node)]
+    inputs = [] if sized else reads(node)
     return Other(), tuple(inputs), tuple(filter(None, node.output)), frozenset()
-
-
-def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that the graphs inside a node read and do not define."""
-    for inner in subgraphs(node):
-        known = {value.name for value in inner.input} | {tensor.name for tensor in inner.initializer}
-        known |= {tensor.values.name for tensor in inner.sparse_initializer}
-        known |= {output for one in inner.node for output in one.output}
-        reads = [name for one in inner.node for name in (*one.input, *captured(one))]
-        reads += [value.name for value in inner.output]
-        yield from dict.fromkeys(name for name in reads if name and name not in known)
-
-
-def _in_order(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes in an order in which they can run: a file need not list them so."""
-    nodes = list(graph.node)
-    reads = [{*filter(None, node.input), *captured(node)} for node in nodes]
-    makers = {output: i for i, node in enumerate(nodes) for output in node.output if output}
-    before = [{makers[name] for name in names if name in makers} for names in reads]
-    if all(maker < i for i, makers_of in enumerate(before) for maker in makers_of):
-        return nodes
-    try:
-        return [nodes[i] for i in TopologicalSorter(dict(enumerate(before))).static_order()]
-    except CycleError as error:
-        raise BntoolsError(f"the ONNX graph {graph.name!r} has a cycle: it cannot run") from error

@@ -49,6 +49,7 @@ class Document:
         self.inputs = {value.name for value in graph.input}
         self.outputs = {value.name for value in graph.output}
         self._constants: set[str] | None = None
+        self.layers: list[Any] | None = None  # what layers.found has found
 
     @property
     def external(self) -> bool:

@@ -42,6 +42,12 @@ def layers(model: Any) -> list[BatchNorm]:
 
 def found(document: Document) -> list[Found]:
     """Every BatchNormalization node with its layer's name, also in subgraphs and functions."""
+    if document.layers is None:
+        document.layers = _found(document)
+    return document.layers
+
+
+def _found(document: Document) -> list[Found]:
     nodes = list(_nodes(document.proto))
     candidates = [_candidates(node) for node, _ in nodes]
     counts = Counter(name for names in candidates for name in dict.fromkeys(names))

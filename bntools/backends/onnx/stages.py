@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from bntools.backends.onnx.document import Document, subgraphs
+from bntools.backends.onnx.document import Document
 from bntools.backends.onnx.layers import MEAN, VAR, Found
+from bntools.backends.onnx.order import in_order, reads
 from bntools.errors import BntoolsError
 
 STATS = {MEAN: "running mean", VAR: "running variance"}
@@ -36,19 +37,19 @@ class Stage:
 
 
 def cut(document: Document, layers: Sequence[Found], together: bool = False) -> list[Stage]:
-    """The stages that lead from layer to layer, which are given in the order of the graph.
+    """The stages that lead from layer to layer.
 
     With ``together`` all of them are one stage. What only nodes behind the last layer need is in none.
-    Raises BntoolsError for a file whose nodes are not in topological order.
     """
-    nodes = list(document.proto.graph.node)
-    reads = [outer_reads(node) for node in nodes]
+    nodes = in_order(document.proto.graph)
+    taken_by = [reads(node) for node in nodes]
+    constants = document.initializers.keys() | {one.values.name for one in document.proto.graph.sparse_initializer}
     producers = {output: i for i, node in enumerate(nodes) for output in node.output if output}
-    _check_sorted(document, reads, producers)
+    layers = sorted(layers, key=lambda one: producers[one.node.output[0]])
     done: set[int] = set()
     groups: list[tuple[list[Found], list[int]]] = []
     for one in layers:
-        group = _ancestors(one.node.input[0], producers, reads, done)
+        group = _ancestors(one.node.input[0], producers, taken_by, done)
         done |= set(group)
         if together and groups:
             groups[0][0].append(one)
@@ -59,8 +60,8 @@ def cut(document: Document, layers: Sequence[Found], together: bool = False) -> 
     later: set[str] = set()
     for targets, group in reversed(groups):
         inside = dict.fromkeys(output for i in sorted(group) for output in nodes[i].output if output)
-        taken = dict.fromkeys(name for i in sorted(group) for name in reads[i])
-        outside = tuple(name for name in taken if name not in inside and name not in document.initializers)
+        taken = dict.fromkeys(name for i in sorted(group) for name in taken_by[i])
+        outside = tuple(name for name in taken if name not in inside and name not in constants)
         wanted = {one.node.input[0] for one in targets}
         stages.append(
             Stage(
@@ -92,8 +93,8 @@ def graph_inputs(document: Document) -> list[Input]:
         if value.name in document.initializers:
             continue
         tensor = value.type.tensor_type
-        if not tensor.elem_type:
-            raise BntoolsError(f"{document.name}: input {value.name!r} is no tensor: bntools cannot feed it")
+        if not tensor.elem_type or tensor.elem_type not in onnx.TensorProto.DataType.values():
+            raise BntoolsError(f"{document.name}: input {value.name!r} is no tensor of a known type: it cannot be fed")
         dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
         sizes = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
         inputs.append(Input(value.name, f"tensor({dtype})", tuple(sizes)))
@@ -103,7 +104,7 @@ def graph_inputs(document: Document) -> list[Input]:
 def model_of(document: Document, stage: Stage, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     """A stage as a model of its own; ``values`` are some of what it reads, which tell its inputs' types."""
     nodes = [_fed(node, stage.applied) for node in stage.nodes]
-    used = {name for node in nodes for name in outer_reads(node)}
+    used = {name for node in nodes for name in reads(node)}
     inputs = [_value(name, values[name].dtype, values[name].ndim) for name in stage.reads]
     for one in stage.applied:
         for place in STATS:
@@ -116,6 +117,7 @@ def model_of(document: Document, stage: Stage, values: Mapping[str, np.ndarray])
         inputs,
         [onnx.ValueInfoProto(name=name) for name in stage.writes],
         [tensor for name, tensor in document.initializers.items() if name in used],
+        sparse_initializer=[one for one in document.proto.graph.sparse_initializer if one.values.name in used],
     )
     return as_model(document, graph)
 
@@ -133,31 +135,7 @@ def stat_name(one: Found, place: int) -> str:
     return f"{STATS[place]} of {one.name}"
 
 
-def outer_reads(node: onnx.NodeProto) -> list[str]:
-    """The values of its graph that a node reads, also those that a graph inside it takes from there."""
-    names = [name for name in node.input if name]
-    for graph in subgraphs(node):
-        names.extend(_free(graph))
-    return names
-
-
-def _free(graph: onnx.GraphProto) -> Iterator[str]:
-    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    own |= {output for node in graph.node for output in node.output}
-    yield from (name for node in graph.node for name in outer_reads(node) if name not in own)
-    yield from (value.name for value in graph.output if value.name not in own)
-
-
-def _check_sorted(document: Document, reads: list[list[str]], producers: Mapping[str, int]) -> None:
-    for i, names in enumerate(reads):
-        for name in names:
-            if producers.get(name, -1) >= i:
-                raise BntoolsError(
-                    f"{document.name}: its nodes are not in topological order, as ONNX wants them ({name!r})"
-                )
-
-
-def _ancestors(value: str, producers: Mapping[str, int], reads: list[list[str]], done: set[int]) -> list[int]:
+def _ancestors(value: str, producers: Mapping[str, int], taken_by: list[list[str]], done: set[int]) -> list[int]:
     """The nodes that have to run for a value, without those that have run, in the order of the file."""
     found: set[int] = set()
     waiting = [value]
@@ -165,7 +143,7 @@ def _ancestors(value: str, producers: Mapping[str, int], reads: list[list[str]],
         node = producers.get(waiting.pop())
         if node is not None and node not in done and node not in found:
             found.add(node)
-            waiting.extend(reads[node])
+            waiting.extend(taken_by[node])
     return sorted(found)
 
 
