@@ -39,9 +39,9 @@ def moments_of(x: np.ndarray, per_sample: bool = False) -> tuple[Moments, Moment
     m2 = square - mean * mean * count
     if (square > OFFSET * m2).any() and np.isfinite(square).all():
         about = mean.astype(np.float32)
-        totals = _sums(rows, np.tile(about, samples)[:, None])
-        off, square = (total.reshape(samples, channels).sum(0) for total in totals)
-        mean, m2 = about + off / count, square - off * off / count
+        offs, squares = (total.reshape(samples, channels) for total in _sums(rows, np.tile(about, samples)[:, None]))
+        off, sums = offs.sum(0), offs + about.astype(np.float64) * length
+        mean, m2 = about + off / count, squares.sum(0) - off * off / count
     return Moments(count, mean, np.maximum(m2, 0)), _of_means(sums / length, per_sample)
 
 

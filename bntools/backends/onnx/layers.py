@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bntools.backends.onnx.document import Document, opened, subgraphs
+from bntools.backends.onnx.document import STANDARD, Document, opened, subgraphs
 from bntools.backends.onnx.tracing import scopes
 from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm, Stats
@@ -32,8 +32,8 @@ class Found:
 def layers(model: Any) -> list[BatchNorm]:
     """The record of every BatchNormalization, in the order of the file.
 
-    A layer is called by the prefix that the names of its constants share (``layer1.0.bn1`` for
-    ``layer1.0.bn1.running_mean``), else by the source module that the exporter left in the file, by its
+    A layer is called by the prefix that the names of its scale and shift share (``layer1.0.bn1`` for
+    ``layer1.0.bn1.weight``), else by the source module that the exporter left in the file, by its
     node or by its output: the first of these that only this layer has.
     """
     document = opened(model)
@@ -81,6 +81,12 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
         ) from error
 
 
+def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
+    """Remove these attributes from a node, as far as it has them."""
+    for one in [one for one in node.attribute if one.name in names]:
+        node.attribute.remove(one)
+
+
 def obstacle(document: Document, one: Found) -> str:
     """Why the statistics of a layer can be neither measured nor folded; empty where they can."""
     if one.inside:
@@ -99,6 +105,8 @@ def obstacle(document: Document, one: Found) -> str:
         shapes[what] = value.shape
     if len(set(shapes.values())) > 1 or len(shapes["mean"]) != 1:
         return f"its constants have other shapes than one number a channel: {shapes}"
+    if one.node.input[0] in document.constants:
+        return "what it normalizes is a constant"
     return ""
 
 
@@ -160,7 +168,7 @@ def _nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
 
 def _in_graph(nodes: Any, inside: str) -> Iterator[tuple[onnx.NodeProto, str]]:
     for node in nodes:
-        if node.op_type == OP and node.domain in ("", "ai.onnx"):
+        if node.op_type == OP and node.domain in STANDARD:
             yield node, inside
         for graph in subgraphs(node):
             yield from _in_graph(graph.node, inside or f"in a subgraph of {node.op_type} {label(node)!r}")
@@ -172,7 +180,7 @@ def label(node: onnx.NodeProto) -> str:
 
 
 def _candidates(node: onnx.NodeProto) -> list[str]:
-    prefixes = {name[: max(name.rfind("."), name.rfind("/"), 0)] for name in node.input[1:]}
+    prefixes = {name[: max(name.rfind("."), name.rfind("/"), 0)] for name in node.input[SCALE:MEAN]}
     shared = prefixes.pop() if len(prefixes) == 1 else ""
     module = next(iter(scopes(node)[-1:]), "")
     return [name for name in (shared, module, node.name, *node.output[:1]) if name] or [OP]

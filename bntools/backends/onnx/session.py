@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from bntools.backends.onnx.providers import CPU, OPTIONS, Provider, available, full_names, not_active, requested, short
 from bntools.errors import BntoolsError
 from bntools.noise import brief, caught
-
-__all__ = ["full_names", "open_session", "placement", "plain", "quiet", "require", "require_placed"]
+from bntools.runner import Outputs
 
 ERRORS, FATAL = 3, 4  # log severities; an error that is raised needs no second line on stderr
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -41,11 +41,15 @@ def open_session(
     optimize: bool,
     folder: Path | None = None,
     lean: bool = False,
+    arena: bool = True,
+    entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """A session on a model file or its bytes, on exactly the providers asked for.
 
     ``optimize`` is ONNX Runtime's default level of graph optimizations, or none. ``folder`` is where
-    the external weights of a model given as bytes lie. ``lean`` leaves out what copies weights. Raises
+    the external weights of a model given as bytes lie. ``lean`` leaves out what copies weights,
+    ``arena=False`` the memory that a session keeps for its next run; ``entries`` are further entries of its
+    configuration. Raises
     BntoolsError where the runtime refuses the model, or where a provider is not active in the session: there
     is no fallback.
     """
@@ -55,10 +59,11 @@ def open_session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     only_cpu = wanted == [CPU]
     options.log_severity_level = FATAL if only_cpu else ERRORS
-    entries = {RECORD_PLACEMENT: "1", **(LEAN if lean else {})}
+    options.enable_cpu_mem_arena = arena
+    every = {RECORD_PLACEMENT: "1", **(LEAN if lean else {}), **(entries or {})}
     if folder is not None:
-        entries[EXTERNAL_FOLDER] = str(folder)
-    for key, value in entries.items():
+        every[EXTERNAL_FOLDER] = str(folder)
+    for key, value in every.items():
         options.add_session_config_entry(key, value)
     # A provider that fails to load is only reported on the process's stderr, and the session goes on without it.
     with nullcontext(str) if only_cpu else caught(native=True) as said:
@@ -145,6 +150,15 @@ def plain(reason: object) -> str:
             end += 1
         text = text[: place.start()] + text[end:].removeprefix(" const").lstrip()
     return brief(text)
+
+
+def computed(session: ort.InferenceSession, names: Sequence[str], fed: Mapping[str, np.ndarray], name: str) -> Outputs:
+    """These outputs of a session by name; raises BntoolsError where the model, which messages call ``name``, fails."""
+    try:
+        values = session.run(list(names), dict(fed), quiet())
+    except Exception as error:  # the runtime's own errors share no base class but this one
+        raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {name}: {plain(error)}") from error
+    return dict(zip(names, values, strict=True))
 
 
 def quiet() -> ort.RunOptions:

@@ -12,12 +12,14 @@ import onnxruntime as ort
 
 from bntools.backends.onnx.buffers import Buffers
 from bntools.backends.onnx.document import Document
-from bntools.backends.onnx.session import EXTERNAL_FOLDER, FATAL, quiet
+from bntools.backends.onnx.session import open_session, quiet
 from bntools.backends.onnx.stages import STATS, Stage, model_of, stat_name
 from bntools.errors import BntoolsError
 from bntools.layer import Stats
 from bntools.noise import brief
 
+# Idle threads of one session would spin on the cores that the next one and the moments need.
+NO_SPINNING = {"session.intra_op.allow_spinning": "0"}
 NUMBERS = "fiub"  # kinds of arrays whose memory the runtime can be given
 
 
@@ -113,19 +115,16 @@ class Runs:
         return outputs
 
     def _opened(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = FATAL
-        options.enable_cpu_mem_arena = not self._keep  # many sessions would each keep their working memory
-        # Idle threads of one session would spin on the cores that the next one and the moments need.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if self._document.folder is not None:
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(self._document.folder))
-        try:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime's own errors share no base class but this one
-            raise BntoolsError(
-                f"ONNX Runtime {ort.__version__} cannot load {self._document.name}: {brief(error)}"
-            ) from error
+        return open_session(
+            model.SerializeToString(),
+            self._document.name,
+            ("cpu",),
+            optimize=True,
+            folder=self._document.folder,
+            lean=self._document.external,
+            arena=not self._keep,  # many sessions would each keep their working memory
+            entries=NO_SPINNING,
+        )
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
