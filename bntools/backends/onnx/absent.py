@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bntools.backends.onnx.document import Document, all_nodes, opened
-from bntools.backends.onnx.inference import STANDARD
+from bntools.backends.onnx.document import STANDARD, Document, all_nodes, opened
 
 CONVOLUTIONS = {"Conv": 2, "ConvTranspose": 2, "ConvInteger": None, "QLinearConv": 8}  # op -> the place of its bias
 OTHERS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")

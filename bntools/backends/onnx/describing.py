@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import onnx
 
-from bntools.backends.onnx.document import STANDARD, all_nodes, opened, subgraphs
+from bntools.backends.onnx.document import STANDARD, opened, subgraphs, uses
 from bntools.backends.onnx.layers import found, obstacle, trains
 from bntools.backends.onnx.linear import is_bias, linear_of
 from bntools.backends.onnx.operators import SIZES, swapped, transparent
@@ -30,9 +29,7 @@ def graph(model: Any, example: Any) -> Graph:
     """
     document = opened(model)
     shapes, parameters = probe(document, example)
-    uses = Counter(name for node in all_nodes(document.proto.graph) for name in node.input)
-    uses.update(document.outputs)
-    view = View(document, shapes, value_types(document), parameters, uses)
+    view = View(document, shapes, value_types(document), parameters, uses(document.proto.graph))
     return _Description(view).graph()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ _PURE = """Abs Add Cast CastLike Ceil Concat ConstantOfShape Div Exp Expand Flat
     Neg Pow Range Reciprocal ReduceProd Reshape Shape Size Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze"""
 PURE = frozenset(_PURE.split())
 CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")  # attributes of Constant, tensors
+MOST = 1 << 24  # values; no exporter leaves a larger constant to be made from smaller ones
 FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
 
 
@@ -59,7 +62,7 @@ class Document:
     @property
     def opset(self) -> int:
         """The version of the standard operators that the model uses."""
-        return max((one.version for one in self.proto.opset_import if one.domain in ("", "ai.onnx")), default=1)
+        return max((one.version for one in self.proto.opset_import if one.domain in STANDARD), default=1)
 
     def overridable(self, name: str) -> bool:
         """Whether an initializer is only the default of an input, which callers may replace."""
@@ -138,16 +141,15 @@ class Document:
     def _evaluated(self, node: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
         from onnx.reference import ReferenceEvaluator  # here: slow to import, rarely needed
 
+        size = _size(node, values)
+        if size > max(MOST, *(array.size for array in values.values())):
+            raise ValueError(f"{node.op_type} would make {size:,} values of it, and {MOST:,} are the most")
         inputs = [onnx.helper.make_empty_tensor_value_info(one) for one in values]
         outputs = [onnx.helper.make_empty_tensor_value_info(node.output[0])]
         graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
         model = onnx.helper.make_model(graph, opset_imports=list(self.proto.opset_import))
         results: Any = ReferenceEvaluator(model).run(None, values)
         return np.asarray(results[0])
-
-    def uses(self, name: str) -> int:
-        """How many node inputs and graph outputs read a value of the main graph, subgraphs included."""
-        return sum(list(node.input).count(name) for node in all_nodes(self.proto.graph)) + (name in self.outputs)
 
     def unused_name(self, wanted: str) -> str:
         """A name for a new value that nothing in the main graph has yet."""
@@ -172,6 +174,30 @@ def opened(model: Any) -> Document:
         path = Path(model)
         return Document(read(path), path.resolve().parent, source=path, name=str(path))
     return _of_ir(model)
+
+
+def _size(node: onnx.NodeProto, values: dict[str, np.ndarray]) -> int:
+    """How many values one of PURE would give at the most: a few bytes of a hostile file can ask for all of memory."""
+    arrays = [values[name] for name in node.input if name]
+    first = arrays[0]
+    match node.op_type:
+        case "ConstantOfShape":
+            return math.prod(first.tolist())
+        case "Expand":
+            return math.prod(np.broadcast_shapes(first.shape, tuple(arrays[1].tolist())))
+        case "Tile":
+            return int(first.size * math.prod(arrays[1].tolist()))
+        case "Range":
+            start, stop, step = (array.item() for array in arrays)
+            return max(0, math.ceil((stop - start) / step))
+        case "Concat":
+            return sum(array.size for array in arrays)
+        case "Gather":
+            axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
+            return arrays[1].size * first.size // max(1, first.shape[axis])
+        case "Add" | "Div" | "Max" | "Min" | "Mul" | "Pow" | "Sub":
+            return math.prod(np.broadcast_shapes(*(array.shape for array in arrays)))
+    return first.size
 
 
 def _makes_constants(node: onnx.NodeProto, known: set[str]) -> bool:
@@ -200,6 +226,16 @@ def all_nodes(graph: Any) -> Iterator[onnx.NodeProto]:
         yield node
         for inner in subgraphs(node):
             yield from all_nodes(inner)
+
+
+def uses(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each value is read, in the graphs inside it too; an output of the graph counts as read."""
+    found = Counter(name for node in all_nodes(graph) for name in node.input if name)
+    found.update(value.name for value in graph.output)
+    for node in all_nodes(graph):
+        for inner in subgraphs(node):
+            found.update(value.name for value in inner.output)
+    return found
 
 
 def _of_ir(model: Any) -> Document:

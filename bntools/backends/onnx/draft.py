@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx
 
-from bntools.backends.onnx.document import Document, all_nodes, subgraphs
+from bntools.backends.onnx.document import (
+    FIRST_IR_WITH_CONSTANT_INITIALIZERS,
+    Document,
+    all_nodes,
+    uses,
+)
 from bntools.backends.onnx.editing import commit
-from bntools.backends.onnx.protobuf import is_external, tensors
+from bntools.backends.onnx.protobuf import (
+    DATA,
+    copied_without_initializers,
+    copy_fields,
+    is_external,
+    tensors,
+)
 from bntools.backends.onnx.weightfile import WeightFile, raw
 
-DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 PLACE = ("external_data", "data_location")
-FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4
 
 
 class Draft:
@@ -29,9 +37,7 @@ class Draft:
 
     def __init__(self, document: Document):
         self.source = document = _settled(document)
-        self.proto = onnx.ModelProto()
-        _copy(document.proto, self.proto, ("graph",))
-        _copy(document.proto.graph, self.proto.graph, ("initializer",))
+        self.proto = copied_without_initializers(document.proto)
         self.nodes: dict[str, onnx.NodeProto] = {}
         self.reindex()
         self.uses = uses(self.proto.graph)
@@ -106,7 +112,7 @@ class Draft:
     def _fill(self, name: str, values: np.ndarray, like: onnx.TensorProto | None) -> None:
         tensor = onnx.TensorProto()
         if like is not None:
-            _copy(like, tensor, (*DATA, *PLACE))
+            copy_fields(like, tensor, (*DATA, *PLACE))
         tensor.name = name
         tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
         tensor.dims[:] = values.shape
@@ -128,16 +134,6 @@ class Draft:
                 if tensor.name in other or tensor.name in added:
                     value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
                     graph.input.append(value)
-
-
-def uses(graph: onnx.GraphProto) -> Counter[str]:
-    """How often each value is read, in the graphs inside it too; an output of the graph counts as read."""
-    found = Counter(name for node in all_nodes(graph) for name in node.input if name)
-    found.update(value.name for value in graph.output)
-    for node in all_nodes(graph):
-        for inner in subgraphs(node):
-            found.update(value.name for value in inner.output)
-    return found
 
 
 def _settled(document: Document) -> Document:
@@ -168,19 +164,6 @@ def _drop_dead_nodes(graph: onnx.GraphProto, constants: Collection[str]) -> None
         counts.subtract(name for i in found for name in graph.node[i].input if name)
     for i in sorted(dead, reverse=True):
         del graph.node[i]
-
-
-def _copy(source: Any, target: Any, without: Collection[str]) -> None:
-    """Copy a protobuf message but for some of its fields."""
-    for field, value in source.ListFields():
-        if field.name in without:
-            continue
-        if hasattr(value, "extend"):
-            getattr(target, field.name).extend(value)
-        elif hasattr(value, "CopyFrom"):
-            getattr(target, field.name).CopyFrom(value)
-        else:
-            setattr(target, field.name, value)
 
 
 def _filter(field: Any, keep: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bntools.backends.onnx.document import Document, all_nodes, opened
+from bntools.backends.onnx.document import Document, opened, uses
 from bntools.backends.onnx.inference import check_inference
 from bntools.backends.onnx.layers import MEAN, VAR, Found, found, stats_of
 from bntools.errors import BntoolsError
@@ -56,13 +56,14 @@ def commit(model: Document) -> None:
 
     Statistics that are as they were put everything back, bit by bit.
     """
-    uses = Counter(name for node in all_nodes(model.proto.graph) for name in node.input)
-    uses.update(model.outputs)
-    stored = [one for one in found(model) if one.name in model.stats]
+    readers = uses(model.proto.graph)
+    known = found(model)
+    stored = [one for one in known if one.name in model.stats]
     for one in stored:
-        _store(model, one, dict(zip((MEAN, VAR), model.stats[one.name], strict=True)), uses)
+        _store(model, one, dict(zip((MEAN, VAR), model.stats[one.name], strict=True)), readers)
     model.stats.clear()
     model.refresh()
+    model.layers = known  # a tensor of its own could give a layer another name than undo asks for
     if isinstance(model.source, Path):
         from bntools.backends.onnx.files import replace  # here: files.py imports what reads and writes everything
 
@@ -82,7 +83,7 @@ def handed(document: Document, like: Any) -> Any:
     return as_ir(document)
 
 
-def _store(document: Document, one: Found, values: dict[int, np.ndarray], uses: Counter[str]) -> None:
+def _store(document: Document, one: Found, values: dict[int, np.ndarray], readers: Counter[str]) -> None:
     originals = document.originals.setdefault(one.name, {place: _original(document, one, place) for place in values})
     before = {place: original.value.astype(np.float64) for place, original in originals.items()}
     same = all(np.array_equal(value, before[place], equal_nan=True) for place, value in values.items())
@@ -91,7 +92,7 @@ def _store(document: Document, one: Found, values: dict[int, np.ndarray], uses: 
         if same:
             _put_back(document, one, place, original)
         else:
-            _place(document, one, place, value.astype(original.value.dtype).reshape(original.value.shape), uses)
+            _place(document, one, place, value.astype(original.value.dtype).reshape(original.value.shape), readers)
 
 
 class _Original:
@@ -112,18 +113,18 @@ def _original(document: Document, one: Found, place: int) -> _Original:
     return _Original(name, document.initializers.get(name), value)
 
 
-def _place(document: Document, one: Found, place: int, value: np.ndarray, uses: Counter[str]) -> None:
+def _place(document: Document, one: Found, place: int, value: np.ndarray, readers: Counter[str]) -> None:
     """Let a node read this value: in the tensor that it alone reads, else in one of its own."""
     name = one.node.input[place]
     tensor = document.initializers.get(name)
-    if tensor is not None and uses[name] == 1:
+    if tensor is not None and readers[name] == 1:
         tensor.CopyFrom(numpy_helper.from_array(value, name))
         return
     own = document.unused_name(f"{one.name}.{SUFFIXES[place]}")
     document.proto.graph.initializer.append(numpy_helper.from_array(value, own))
     one.node.input[place] = own
-    uses[name] -= 1
-    uses[own] += 1
+    readers[name] -= 1
+    readers[own] += 1
     document.refresh()
 
 

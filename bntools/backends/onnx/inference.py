@@ -10,11 +10,10 @@ from typing import Any
 
 import onnx
 
-from bntools.backends.onnx.document import Document, all_nodes, opened, subgraphs
-from bntools.backends.onnx.layers import OP, attribute, found, label, trains
+from bntools.backends.onnx.document import STANDARD, Document, all_nodes, opened, subgraphs
+from bntools.backends.onnx.layers import OP, attribute, drop_attributes, found, label, trains
 from bntools.errors import BntoolsError
 
-STANDARD = ("", "ai.onnx")
 FLAG = 2  # the place of Dropout's training_mode among its inputs, from opset 12 on
 NAMED = 5
 
@@ -137,17 +136,12 @@ def _check_unread(document: Document, nodes: Sequence[Training]) -> None:
 def _convert(node: onnx.NodeProto, opset: int) -> None:
     del node.output[1:]
     if opset < 7:
-        _drop_attribute(node, "is_test")
+        drop_attributes(node, "is_test")
         node.attribute.append(onnx.helper.make_attribute("is_test", 1))
     elif node.op_type == OP:
-        _drop_attribute(node, "training_mode")
+        drop_attributes(node, "training_mode")
     else:
         del node.input[FLAG:]
-
-
-def _drop_attribute(node: onnx.NodeProto, name: str) -> None:
-    for one in [one for one in node.attribute if one.name == name]:
-        node.attribute.remove(one)
 
 
 def _forget(proto: onnx.ModelProto, roots: set[int]) -> None:

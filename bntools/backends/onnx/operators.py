@@ -16,7 +16,7 @@ RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 # These read how large a value is, not what it holds.
 SIZES = ("Shape", "Size")
 MOST = 1 << 20  # elements of a constant factor; a larger one is data
-_INTERPOLATED = (b"tf_crop_and_resize",)  # makes up values outside of the input
+_EXTRAPOLATED = (b"tf_crop_and_resize",)  # makes up values outside of the input
 
 
 def transparent(node: onnx.NodeProto, view: View) -> list[Op] | None:
@@ -127,7 +127,7 @@ def _reduction(node: onnx.NodeProto, view: View, kind: Literal["average", "max"]
 
 
 def _resizing(node: onnx.NodeProto, view: View, rank: int) -> list[Op] | None:
-    if attribute(node, "coordinate_transformation_mode", b"") in _INTERPOLATED:
+    if attribute(node, "coordinate_transformation_mode", b"") in _EXTRAPOLATED:
         return None
     before, after = view.shape(node.input[0]), view.shape(node.output[0])
     axes = {axis for axis in range(rank) if axis >= 2 or before[axis] != after[axis]}

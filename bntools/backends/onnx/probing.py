@@ -12,12 +12,11 @@ import onnx
 import onnxruntime as ort
 
 from bntools.backends.onnx.document import STANDARD, Document
-from bntools.backends.onnx.protobuf import serialized
 from bntools.backends.onnx.running import feed
-from bntools.backends.onnx.session import open_session, quiet
+from bntools.backends.onnx.session import computed, open_session
+from bntools.backends.onnx.subject import content_of
 from bntools.backends.onnx.valuetypes import value_types
 from bntools.errors import BntoolsError
-from bntools.noise import brief
 
 # What else than data these operators read: small integers that an exporter may have left to be computed.
 PARAMETERS = ("Pad", "Slice", "Resize", "Upsample", "ReduceMean", "ReduceMax", "Split", "Dropout")
@@ -48,11 +47,7 @@ def probe(document: Document, example: Any) -> tuple[dict[str, tuple[int, ...]],
     found = _PROBES[document]
     names = [*found.shapes, *found.parameters]
     inputs = feed(found.session.get_inputs(), example, document.name)
-    try:
-        values = found.session.run(names, inputs, quiet())
-    except Exception as error:  # the runtime's own errors share no base class but this one
-        raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {document.name}: {brief(error)}") from error
-    results = dict(zip(names, values, strict=True))
+    results = computed(found.session, names, inputs, document.name)
     shapes = {value: tuple(map(int, results[name])) for name, value in found.shapes.items()}
     shapes |= {name: array.shape for name, array in inputs.items()}
     return shapes, {name: np.asarray(results[name]) for name in found.parameters}
@@ -97,9 +92,7 @@ def _session(document: Document, values: Sequence[str], parameters: Sequence[str
     addition.graph.output.extend(onnx.ValueInfoProto(name=name) for name in parameters if name not in known)
     if not any(one.domain in STANDARD for one in document.proto.opset_import):
         addition.opset_import.append(onnx.helper.make_opsetid("", 13))
-    whole = document.proto.SerializeToString() if document.folder else serialized(document.proto)
-    source = whole + addition.SerializeToString()
-    del whole
+    source = content_of(document) + addition.SerializeToString()
     session = open_session(source, document.name, ("cpu",), optimize=False, folder=document.folder)
     return Probe(session, shapes, parameters)
 

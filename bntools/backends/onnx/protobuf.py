@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError, Message
 
 from bntools.errors import BntoolsError
 from bntools.noise import brief
 
-Source = str | Path | onnx.ModelProto
+# The fields of a tensor in which its values lie.
+DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 NOT_LOADED = (
     "the weights of this onnx.ModelProto lie in external files and are not loaded: "
     "pass the path of the .onnx file, or load it with onnx.load(path)"
@@ -139,6 +140,35 @@ def _within(folder: Path, location: str, tensor: str, name: str) -> Path:
     if not there:
         raise BntoolsError(f"{name}: the weights of {tensor!r} lie in {location!r}, which is not there")
     return path
+
+
+def about_bytes(tensor: onnx.TensorProto) -> int:
+    """How many bytes the values of a tensor take, wherever they lie, about: types that share bytes count whole ones."""
+    try:
+        return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except KeyError:  # a type that this version of onnx does not know
+        return math.prod(tensor.dims) * 8
+
+
+def copy_fields(source: Message, target: Message, without: Collection[str]) -> None:
+    """Copy a message but for some of its fields: what is large, and is not to be held twice."""
+    for field, value in source.ListFields():
+        if field.name in without:
+            continue
+        if hasattr(value, "extend"):
+            getattr(target, field.name).extend(value)
+        elif hasattr(value, "CopyFrom"):
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def copied_without_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of all that is in a model but the weights of its main graph."""
+    new = onnx.ModelProto()
+    copy_fields(model, new, ("graph",))
+    copy_fields(model.graph, new.graph, ("initializer",))
+    return new
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from bntools.backends.onnx.providers import Provider, available, requested
-from bntools.backends.onnx.session import open_session, placement, plain, quiet, require_placed
+from bntools.backends.onnx.session import computed, open_session, placement, require_placed
 from bntools.backends.onnx.subject import Subject, subject
 from bntools.backends.onnx.tracing import trace
 from bntools.errors import BntoolsError
@@ -128,11 +128,7 @@ def run(session: ort.InferenceSession, batch: Any, name: str, points: Sequence[s
                 f"{name}: output {output.name!r} is {output.type}, which ONNX Runtime does not give to numpy: it "
                 f"cannot be compared; end the model with a Cast to float32, or with the tensors inside"
             )
-    try:
-        values = session.run(names, fed, quiet())
-    except Exception as error:  # the runtime's own errors share no base class but this one
-        raise BntoolsError(f"ONNX Runtime {ort.__version__} fails in {name}: {plain(error)}") from error
-    return dict(zip(names, values, strict=True))
+    return computed(session, names, fed, name)
 
 
 def feed(inputs: Sequence[Any], batch: Any, name: str) -> Outputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,17 @@ import onnx
 from google.protobuf.message import EncodeError
 
 from bntools.backends.onnx.document import Document
-from bntools.backends.onnx.protobuf import is_external, location_of, place_of, tensors
+from bntools.backends.onnx.protobuf import (
+    DATA,
+    Place,
+    about_bytes,
+    copied_without_initializers,
+    copy_fields,
+    is_external,
+    location_of,
+    place_of,
+    tensors,
+)
 from bntools.datafiles import flush
 from bntools.errors import BntoolsError
 
@@ -31,10 +40,10 @@ def store(document: Document, path: Path, data: Path, kept: Collection[str] = ()
     """
     proto = document.proto
     moving = any(is_external(one) and location_of(one) not in kept for one in tensors(proto))
-    if not moving and sum(map(_inside, proto.graph.initializer)) <= MOST:
+    if not moving and sum(about_bytes(one) for one in proto.graph.initializer if not is_external(one)) <= MOST:
         path.write_bytes(_encoded(proto, document.name))
         return
-    new = _without_initializers(proto)
+    new = copied_without_initializers(proto)
     with _Writer(document, data, kept) as writer:
         for tensor in tensors(new):
             writer.move(tensor)
@@ -65,19 +74,15 @@ class _Writer:
 
     def add(self, tensor: onnx.TensorProto, new: onnx.TensorProto) -> None:
         """Make a copy of a tensor whose weights lie in the data file if they are many or lay in a file before."""
-        if is_external(tensor) or not tensor.HasField("raw_data") or _inside(tensor) < SMALL:
+        if is_external(tensor) or not tensor.HasField("raw_data") or about_bytes(tensor) < SMALL:
             new.CopyFrom(tensor)
             self.move(new)
             return
-        for field, value in tensor.ListFields():
-            if field.name in ("name", "data_type", "doc_string"):
-                setattr(new, field.name, value)
-            elif field.name in ("dims", "metadata_props"):
-                getattr(new, field.name).extend(value)
+        copy_fields(tensor, new, DATA)
         raw = tensor.raw_data
-        offset = self._begin(len(raw))
+        offset = begin(self._file, len(raw))
         self._file.write(raw)
-        self._refer(new, offset, len(raw))
+        refer(new, self._data.name, offset, len(raw))
 
     def move(self, tensor: onnx.TensorProto) -> None:
         """Let a tensor whose weights lie in another file refer to a copy of them in the data file."""
@@ -88,64 +93,41 @@ class _Writer:
             place = place_of(tensor, document.folder, document.name)
             key = str(place.path), place.offset, place.length
             if key not in self._moved:
-                self._moved[key] = self._begin(place.length)
-                self._copy(place.path, place.offset, place.length)
+                self._moved[key] = begin(self._file, place.length)
+                copy(place, self._file)
         except (OSError, ValueError) as error:
             if getattr(error, "filename", None) in (None, str(self._data)) and isinstance(error, OSError):
                 raise  # it is the file to be written that fails
             raise BntoolsError(f"{document.name}: the values of {name!r} cannot be read: {error}") from error
-        self._refer(tensor, self._moved[key], place.length)
-
-    def _begin(self, length: int) -> int:
-        unit = PAGE if length >= LARGE else LINE
-        self._file.write(bytes(-self._file.tell() % unit))
-        return self._file.tell()
-
-    def _copy(self, path: Path, offset: int, length: int) -> None:
-        with open(path, "rb") as source:
-            source.seek(offset)
-            while length:
-                chunk = source.read(min(length, CHUNK))
-                if not chunk:
-                    raise ValueError(f"{path.name} ends {length} bytes too early")
-                self._file.write(chunk)
-                length -= len(chunk)
-
-    def _refer(self, tensor: onnx.TensorProto, offset: int, length: int) -> None:
-        del tensor.external_data[:]
-        for key, value in (("location", self._data.name), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
+        refer(tensor, self._data.name, self._moved[key], place.length)
 
 
-def _without_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of all that is in a model but the weights of its main graph."""
-    new = onnx.ModelProto()
-    for field, value in proto.ListFields():
-        if field.name == "graph":
-            for inner, part in value.ListFields():
-                if inner.name != "initializer":
-                    _put(new.graph, inner.name, part)
-        else:
-            _put(new, field.name, value)
-    return new
+def begin(file: IO[bytes], length: int) -> int:
+    """Go on to where a weight of so many bytes may begin in a data file; returns that place."""
+    unit = PAGE if length >= LARGE else LINE
+    file.write(bytes(-file.tell() % unit))
+    return file.tell()
 
 
-def _put(message: onnx.ModelProto | onnx.GraphProto, name: str, value: object) -> None:
-    if isinstance(value, (str, int, bytes)):
-        setattr(message, name, value)
-    else:
-        getattr(message, name).MergeFrom(value)
+def copy(place: Place, file: IO[bytes]) -> None:
+    """Write the values of an external tensor to a data file. Raises ValueError where their own ends too early."""
+    left = place.length
+    with open(place.path, "rb") as source:
+        source.seek(place.offset)
+        while left:
+            chunk = source.read(min(left, CHUNK))
+            if not chunk:
+                raise ValueError(f"{place.path.name} ends {left} bytes too early")
+            file.write(chunk)
+            left -= len(chunk)
 
 
-def _inside(tensor: onnx.TensorProto) -> int:
-    """About how many bytes the values of a tensor take in the message."""
-    if is_external(tensor):
-        return 0
-    try:
-        return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    except KeyError:  # a type that this version of onnx does not know
-        return math.prod(tensor.dims) * 8
+def refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Let a tensor say that its values lie in a file."""
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
 
 
 def _encoded(proto: onnx.ModelProto, name: str) -> bytes:

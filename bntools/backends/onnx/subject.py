@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import EncodeError
 
 from bntools.backends.onnx.document import Document, opened
-from bntools.backends.onnx.protobuf import serialized
+from bntools.backends.onnx.protobuf import about_bytes, serialized
 from bntools.errors import BntoolsError
 from bntools.runner import least_precise
 
@@ -71,18 +71,8 @@ def weight_bytes(model: onnx.ModelProto) -> int:
     total = 0
     for tensor in model.graph.initializer:
         lengths = [entry.value for entry in tensor.external_data if entry.key == "length"]
-        total += int(lengths[0]) if lengths and lengths[0].isdigit() else _bytes(tensor)
+        total += int(lengths[0]) if lengths and lengths[0].isdigit() else about_bytes(tensor)
     return total
-
-
-def _bytes(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    try:
-        return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    except (KeyError, ValueError, TypeError):  # an unknown dtype is for the runtime to refuse
-        return 0
 
 
 def _least_precise(proto: onnx.ModelProto) -> str:

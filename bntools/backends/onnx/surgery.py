@@ -12,7 +12,7 @@ import onnx
 from bntools.affine import absorb_input, absorb_output
 from bntools.backends.onnx.document import Document, opened
 from bntools.backends.onnx.draft import Draft
-from bntools.backends.onnx.layers import SCALE, SHIFT, attribute, found
+from bntools.backends.onnx.layers import SCALE, SHIFT, attribute, drop_attributes, found
 from bntools.backends.onnx.probing import forget
 from bntools.backends.onnx.rewiring import insert_after, take_out
 from bntools.backends.onnx.view import label, placed
@@ -81,7 +81,7 @@ def _change_linear(draft: Draft, op: Linear, targets: list[Target]) -> None:
     stem = node.input[place].removesuffix("weight").rstrip("._") or node.name or node.output[0]
     draft.put(node, place, weight)
     if node.op_type == "Gemm":
-        _drop_attributes(node, "alpha", "beta")
+        drop_attributes(node, "alpha", "beta")
     if bias is None or (stored is None and not bias.any()):
         return
     bias = np.moveaxis(np.atleast_2d(bias), -1, -2) if on_left else bias
@@ -188,9 +188,3 @@ def _cast(values: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
         if lost.any():
             raise BntoolsError(f"{what} of {np.abs(values[lost]).max():.3g} does not fit {dtype}")
     return result
-
-
-def _drop_attributes(node: onnx.NodeProto, *names: str) -> None:
-    for i in reversed(range(len(node.attribute))):
-        if node.attribute[i].name in names:
-            del node.attribute[i]

@@ -12,7 +12,7 @@ import onnx
 
 from bntools.backends.onnx.document import Document
 from bntools.backends.onnx.protobuf import is_external, location_of, place_of, tensors
-from bntools.backends.onnx.storing import CHUNK, LARGE, LINE, PAGE, SMALL
+from bntools.backends.onnx.storing import SMALL, begin, copy, refer
 from bntools.errors import BntoolsError
 
 NAME = "weights.data"
@@ -60,24 +60,14 @@ class WeightFile:
     def _move(self, tensor: onnx.TensorProto) -> None:
         try:
             place = place_of(tensor, self._source.folder, self._source.name)
+            self._begin(tensor, place.length)
+            copy(place, self._file)
         except ValueError as error:
             raise BntoolsError(f"{self._source.name}: the values of {tensor.name!r} cannot be read: {error}") from error
-        self._begin(tensor, place.length)
-        left = place.length
-        with open(place.path, "rb") as file:
-            file.seek(place.offset)
-            while left and (chunk := file.read(min(left, CHUNK))):
-                self._file.write(chunk)
-                left -= len(chunk)
 
-    def _begin(self, tensor: onnx.TensorProto, size: int) -> None:
-        unit = PAGE if size >= LARGE else LINE
-        self._file.write(bytes(-self._file.tell() % unit))
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        del tensor.external_data[:]
+    def _begin(self, tensor: onnx.TensorProto, length: int) -> None:
         # The whole path, until all is written: it tells new places from old ones.
-        for key, value in (("location", self._path), ("offset", self._file.tell()), ("length", size)):
-            tensor.external_data.add(key=key, value=str(value))
+        refer(tensor, str(self._path), begin(self._file, length), length)
 
 
 def raw(values: np.ndarray) -> memoryview:
