@@ -98,6 +98,9 @@ def reset(model: Any, *, layers: Selection = None) -> list[str]:
     if layers is None:
         chosen = [layer for layer in chosen if not layer.stats_frozen]
     if not chosen:
+        if all(layer.obstacle for layer in found):
+            reasons = "; ".join(f"{layer.name}: {layer.obstacle}" for layer in found)
+            raise BntoolsError(f"nothing to reset: none of the {len(found)} BN layers can be reset ({reasons})")
         raise BntoolsError(
             "nothing to reset: every BN layer is frozen or keeps no statistics. Name frozen layers in layers= "
             "to reset them all the same, or unfreeze the model first"

@@ -42,11 +42,15 @@ def command(
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
-    total = len(bntools.inspect(loaded))
+    found = bntools.inspect(loaded)
     names = bntools.reset(loaded, layers=layers or None)
+    untouched = {layer.name: layer.obstacle for layer in found if layer.obstacle}
     bntools.save(loaded, written)
     if as_json:
-        output.as_json({"model": str(model), "output": str(written), "reset": names})
+        record = {"model": str(model), "output": str(written), "reset": names, "untouched": untouched}
+        output.as_json(record)
         return
-    click.echo(f"reset {len(names)} of {output.counted(total, 'BN layer')}")
+    for name, reason in untouched.items():
+        click.echo(f"untouched: {name}: {reason}")
+    click.echo(f"reset {len(names)} of {output.counted(len(found), 'BN layer')}")
     click.echo(f"wrote {written}")

@@ -104,6 +104,27 @@ def test_reset(run, bench):
     assert all((layer.var == 1).all() for layer in bntools.inspect("model.onnx"))
 
 
+def test_a_layer_in_a_branch_is_left_alone_and_reported(run, refused, bench):
+    """BN in a branch of an If is not reset, with the reason; where there is no other, nothing is written."""
+    model = small()
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    branch = helper.make_graph([norm("bn2", "c2", "out")], "branch", [], [out])
+    choose = helper.make_node("If", ["yes"], ["chosen"], name="choose", then_branch=branch, else_branch=branch)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.append(choose)
+    model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None))
+    keep(model, Path("model.onnx"))
+    lines = run("reset model.onnx").out.splitlines()
+    assert [line.split(": ", 2)[2] for line in lines[:2]] == ["it lies in a subgraph of If 'choose'"] * 2
+    assert lines[2:] == ["reset 2 of 4 BN layers", "wrote model.reset.onnx"]
+    assert len(json.loads(run("reset model.onnx --force --json").out)["untouched"]) == 2
+    for node in model.graph.node[:-1]:
+        node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output[:1]))
+    keep(model, Path("model.onnx"))
+    os.unlink("model.reset.onnx")
+    assert "none of the 2 BN layers can be reset" in refused("reset model.onnx")
+
+
 def test_external_weights(run, bench):
     """Every command works on a file with external weights; results have data files of their own."""
     Path("model.onnx").unlink()

@@ -23,7 +23,7 @@ def test_resets_a_copy(run, desk):
 def test_resets_only_what_is_named(run, desk):
     """--layers selects, and --json says which layers it were."""
     outcome = run("reset model.pt --layers 4 --in-place --json")
-    assert json.loads(outcome.out) == {"model": "model.pt", "output": "model.pt", "reset": ["4"]}
+    assert json.loads(outcome.out) == {"model": "model.pt", "output": "model.pt", "reset": ["4"], "untouched": {}}
     assert [layer.updates for layer in bntools.inspect(bntools.load("model.pt"))] == [1, 0, 1]
 
 
