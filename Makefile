@@ -16,7 +16,7 @@ lint: $(VENV)/test.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.ready
+bench: $(VENV)/bench.ready
 	$(BIN)/python tests/benchmarks
 
 $(VENV)/%.ready: pyproject.toml constraints.txt

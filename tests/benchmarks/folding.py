@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 from measure import Row, at_most, medians
-from networks import vision
+from networks import as_trained, vision
 from torch import nn
 
 import bntools
@@ -27,7 +27,7 @@ def rows() -> Iterator[Row]:
         noise, error = _rounding(model, images[:8]), bntools.fold(model, images[:8]).check.error
         what = f"{name} as initialized: error of folding / the unfolded network's own distance from float64"
         yield Row(what, f"{error:.1e} / {noise:.1e}", "", True)
-        _as_trained(model)
+        as_trained(model)
         bntools.recalibrate(model, images.split(16), check=False)
         folded = bntools.fold(model, images[:8])
         count = f"{len(folded.folded)} of {len(folded.folded) + len(folded.kept)} BN folded"
@@ -48,13 +48,6 @@ def _times(name: str, folded: nn.Module, bare: nn.Module, x: torch.Tensor) -> It
         )
     ratio = runtime["folded"] / runtime["bare"]
     yield at_most(f"{name}, ONNX Runtime: folded / without any BN", ratio, 1.03, "{:.2f} x")
-
-
-def _as_trained(model: nn.Module) -> None:
-    """Scales below 1 where a residual branch ends, as training leaves them: an untrained ResNet multiplies rounding."""
-    for module in model.modules():
-        if isinstance(module, vision.resnet.Bottleneck):
-            nn.init.uniform_(module.bn3.weight, 0.1, 0.5)
 
 
 def _rounding(model: nn.Module, x: torch.Tensor) -> float:

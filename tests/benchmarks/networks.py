@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import shim
 import torch
@@ -37,6 +39,53 @@ def mlp() -> nn.Sequential:
     sizes = [64, 256, 256, 128, 128]
     layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(128, 10))
+
+
+def small() -> nn.Sequential:
+    """Three convolutions with BN."""
+    sizes = [3, 16, 32, 32]
+    layers = [
+        part
+        for a, b in pairwise(sizes)
+        for part in (nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def as_trained(model: nn.Module) -> nn.Module:
+    """Scales below 1 where a residual branch ends, as training leaves them: an untrained ResNet multiplies rounding."""
+    for module in model.modules():
+        if isinstance(module, vision.resnet.Bottleneck):
+            nn.init.uniform_(module.bn3.weight, 0.1, 0.5)
+    return model
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts that are nowhere 0 or 1."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model
+
+
+def write_onnx(model: nn.Module, pixels: int, path: Path) -> Path:
+    """The model as an ONNX file in which every BN is a node; input ``x`` of any number of images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that leaves BN alone is the older one
+        torch.onnx.export(
+            model.eval(),
+            (torch.zeros(2, 3, pixels, pixels),),
+            str(path),
+            dynamo=False,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE,
+            input_names=["x"],
+            dynamic_axes={"x": {0: "n"}},
+        )
+    return path
 
 
 def _block(inside: int, outside: int) -> nn.Sequential:
