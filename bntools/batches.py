@@ -85,14 +85,15 @@ def is_repeatable(batches: Any) -> bool:
 
 
 def count(content: Any) -> int:
-    """How many samples a batch holds: the first axis of its first array.
+    """How many samples a batch holds: the first axis of its first array; in a dict, of the first that has axes.
 
     Raises BntoolsError for what is not a batch: an array, a tuple or list whose first element is the
     input (an array, or a list of samples of different shapes), or a dict of arrays.
     """
     first = content
     if isinstance(content, Mapping):
-        first = next(iter(content.values()), None)
+        values = list(content.values())
+        first = next((value for value in values if getattr(value, "shape", ())), values[0] if values else None)
     elif isinstance(content, (tuple, list)):
         first = content[0] if content else None
     if isinstance(first, (tuple, list)):

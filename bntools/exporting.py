@@ -144,6 +144,8 @@ def _plans(run: Callable[[Any], Outputs], example: Any, exporters: Sequence[str]
     """The tries in order: with a dynamic batch size where the model itself takes others, then with a fixed one."""
     run(example)
     samples = count(example)
+    if not samples:
+        raise BntoolsError("the example holds no samples: there is nothing to compare the models on")
     fresh, notes = _fresh(run, example)
     fixed = [Plan(exporter, example, None, [example, *fresh]) for exporter in exporters]
     sizes = [size for size in (1, 2, samples + 1) if size != samples]

@@ -8,6 +8,7 @@ from typing import Any
 
 from bntools import backends
 from bntools.affine import Affine, scale_shift
+from bntools.batches import count
 from bntools.errors import BntoolsError
 from bntools.graph import Graph
 from bntools.layer import HALF, BatchNorm, Selection, select
@@ -62,6 +63,8 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
     chosen = {layer.name for layer in select(found, layers, backends.absence(model))}
     affines, fixed = _affines(found, chosen)
     graph = backend.graph(model, example)
+    if not count(example):
+        raise BntoolsError("the example holds no samples: there is nothing to compare the models on")
     others: list[Graph] = []
     other_sizes(example, lambda batch: others.append(backend.graph(model, batch)))
     undone: dict[str, str] = {}

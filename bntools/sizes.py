@@ -33,7 +33,7 @@ def stretched(batch: Any, by: int, axes: Sequence[int]) -> Any:
         if "float" not in str(getattr(value, "dtype", "")):
             return value
         for axis in axes:
-            if axis < len(value.shape) and value.shape[axis] + by > 0:
+            if axis < len(value.shape) and value.shape[axis] > max(0, -by):
                 picked = [i % value.shape[axis] for i in range(value.shape[axis] + by)]
                 value = value[(slice(None),) * axis + (picked,)]
         return value

@@ -104,6 +104,8 @@ def test_an_example_that_does_not_fit_is_an_error():
         bntools.fold(model, image(2))
     assert isinstance(error.value.__cause__, RuntimeError)
     assert "forward" not in vars(model)
+    with pytest.raises(BntoolsError, match="holds no samples"):
+        bntools.fold(model, image(3)[:0])
 
 
 def test_the_original_is_untouched():
