@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,15 @@ class Document:
         """A name for a new value that nothing in the main graph has yet."""
         taken = {one for node in all_nodes(self.proto.graph) for one in (*node.input, *node.output)}
         taken |= self.initializers.keys() | self.inputs
-        name, number = wanted, 1
-        while name in taken:
-            name, number = f"{wanted}_{number}", number + 1
-        return name
+        return unused(wanted, taken)
+
+
+def unused(wanted: str, taken: Collection[str]) -> str:
+    """The wanted name, with a number behind it where it is taken."""
+    name, number = wanted, 1
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    return name
 
 
 def opened(model: Any) -> Document:

@@ -13,6 +13,7 @@ from bntools.backends.onnx.document import (
     FIRST_IR_WITH_CONSTANT_INITIALIZERS,
     Document,
     all_nodes,
+    unused,
     uses,
 )
 from bntools.backends.onnx.editing import commit
@@ -82,9 +83,7 @@ class Draft:
 
     def unused_name(self, wanted: str) -> str:
         """A name that nothing in the model has, taken from now on."""
-        name, number = wanted, 1
-        while name in self._taken:
-            name, number = f"{wanted}_{number}", number + 1
+        name = unused(wanted, self._taken)
         self._taken.add(name)
         return name
 

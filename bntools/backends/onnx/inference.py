@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from bntools.backends.onnx.document import STANDARD, Document, all_nodes, opened, subgraphs
-from bntools.backends.onnx.layers import OP, attribute, drop_attributes, found, label, trains
+from bntools.backends.onnx.layers import OP, attribute, called, drop_attributes, found, trains
 from bntools.errors import BntoolsError
 
 FLAG = 2  # the place of Dropout's training_mode among its inputs, from opset 12 on
@@ -77,7 +77,7 @@ def in_training(document: Document) -> list[Training]:
                 name, training = next(names).name, trains(node, opset)
             elif node.op_type == "Dropout":
                 constants = _constants(root) if constants is None else constants
-                name, training = label(node), _drops(document, node, opset, constants)
+                name, training = called(node), _drops(document, node, opset, constants)
             else:
                 continue
             if training:

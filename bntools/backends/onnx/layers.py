@@ -171,11 +171,11 @@ def _in_graph(nodes: Any, inside: str) -> Iterator[tuple[onnx.NodeProto, str]]:
         if node.op_type == OP and node.domain in STANDARD:
             yield node, inside
         for graph in subgraphs(node):
-            yield from _in_graph(graph.node, inside or f"in a subgraph of {node.op_type} {label(node)!r}")
+            yield from _in_graph(graph.node, inside or f"in a subgraph of {node.op_type} {called(node)!r}")
 
 
-def label(node: onnx.NodeProto) -> str:
-    """What messages call a node: its name, its output, or at least its operator."""
+def called(node: onnx.NodeProto) -> str:
+    """The name of a node, its output where it has none, or at least its operator."""
     return next((name for name in (node.name, *node.output) if name), str(node.op_type))
 
 

@@ -231,7 +231,7 @@ def _texts_of_node(node: onnx.NodeProto) -> Iterator[str]:
     yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
     for attribute in node.attribute:
         yield attribute.name
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+        for graph in _graphs(attribute):
             yield from _texts_of(graph)
 
 
@@ -241,10 +241,15 @@ def _node_tensors(nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for graph in _graphs(attribute):
                 yield from graph.initializer
                 yield from _sparse(graph)
                 yield from _node_tensors(graph.node)
+
+
+def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    """The graphs that an attribute holds, whatever type it claims to have: nothing in a file is to be overlooked."""
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
 def _sparse(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx
 
-from bntools.backends.onnx.document import subgraphs
+from bntools.backends.onnx.order import reads
 from bntools.runner import Outputs, Trace
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # written by PyTorch's dynamo exporter, one entry a module and one for the node
@@ -43,19 +43,10 @@ def dependencies(model: onnx.ModelProto, known: set[str]) -> dict[str, tuple[str
     result: dict[str, tuple[str, ...]] = {}
     through: dict[str, tuple[str, ...]] = {}  # what stands for a value that is none of the known ones
     for node in model.graph.node:
-        read = [one for name in _reads(node) for one in ((name,) if name in known else through.get(name, ()))]
+        read = [one for name in reads(node) for one in ((name,) if name in known else through.get(name, ()))]
         for output in node.output:
             (result if output in known else through)[output] = tuple(dict.fromkeys(read))
     return result
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads; names of a subgraph's own values do no harm, for no value of the graph bears them."""
-    yield from node.input
-    for graph in subgraphs(node):
-        for inner in graph.node:
-            yield from _reads(inner)
-        yield from (output.name for output in graph.output)
 
 
 def more_outputs(names: Iterable[str]) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from bntools.backends.onnx.document import Document
+from bntools.backends.onnx.layers import called
 from bntools.backends.onnx.valuetypes import FLOATS
 
 Shape = tuple[int, ...]
@@ -66,7 +67,7 @@ class View:
 
 def label(node: onnx.NodeProto) -> str:
     """How messages call a node: ``Conv 'conv1'``."""
-    return f"{node.op_type} {node.name or next(filter(None, node.output), '')!r}"
+    return f"{node.op_type} {called(node)!r}"
 
 
 def slot(node: onnx.NodeProto, place: int) -> str:
