@@ -39,7 +39,10 @@ def _converted(document: Document, opset: int) -> onnx.ModelProto:
         raise BntoolsError(
             f"{document.name} cannot be converted from opset {document.opset} to opset {opset}: {brief(error)}"
         ) from error
-    # The converter drops what nodes say about themselves: the names of the source's modules, for one.
+    # The converter drops functions, which say themselves in which opsets they are written, and what the
+    # graph and its nodes say about themselves: the names of the source's modules, for one.
+    new.functions.extend(document.proto.functions)
+    new.graph.metadata_props.extend(document.proto.graph.metadata_props)
     for node in new.graph.node:
         old = document.producers.get(node.output[0]) if node.output else None
         if old is not None and old.op_type == node.op_type and not node.metadata_props:

@@ -66,8 +66,9 @@ def test_a_fixed_batch_size_is_noted(tmp_path):
     assert any("the batch size is fixed at 6" in note for note in check.notes)
 
 
-def test_functions_survive(tmp_path):
-    """A model-local function is in the exported file, and used."""
+@pytest.mark.parametrize("opset", [None, 21])
+def test_functions_survive(opset, tmp_path):
+    """A model-local function is in the exported file, and used, as is what the graph says of itself."""
     model = small()
     relu = helper.make_function(
         "team", "Act", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 17)]
@@ -75,8 +76,11 @@ def test_functions_survive(tmp_path):
     model.functions.append(relu)
     model.opset_import.append(helper.make_opsetid("team", 1))
     model.graph.node[2].op_type, model.graph.node[2].domain = "Act", "team"
-    assert bntools.export(model, tmp_path / "out.onnx", images()).passed
-    assert onnx.load(tmp_path / "out.onnx").functions[0] == relu
+    model.graph.metadata_props.add(key="source", value="vision")
+    assert bntools.export(model, tmp_path / "out.onnx", images(), opset=opset).passed
+    written = onnx.load(tmp_path / "out.onnx")
+    assert list(written.functions) == [relu]
+    assert [(one.key, one.value) for one in written.graph.metadata_props] == [("source", "vision")]
 
 
 def test_nothing_is_written_unless_it_verifies(tmp_path):
