@@ -63,6 +63,22 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * UNITS[match[2].upper()])
 
 
+class Provider(click.ParamType):
+    """A provider such as ``cuda``, or with options of its own, ``cuda:use_tf32=1,device_id=1``."""
+
+    name = "provider"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the name and the options behind the colon."""
+        if not isinstance(value, str) or ":" not in value:
+            return value
+        name, _, rest = value.partition(":")
+        pairs = [part.partition("=") for part in rest.split(",")]
+        if not name or not all(key and sign for key, sign, _ in pairs):
+            self.fail(f"{value!r}: expected a provider and its options, such as cuda:use_tf32=1", param, ctx)
+        return name, {key: text for key, _, text in pairs}
+
+
 model = click.argument("model", type=click.Path(path_type=Path))
 data = click.argument("data")
 optional_data = click.argument("data", required=False)
@@ -96,6 +112,11 @@ shape = click.option(
 )
 tolerance = click.option("--tolerance", type=Finite(min=0, min_open=True), help="Scale-relative error to accept.")
 providers = click.option(
-    "--provider", "providers", multiple=True, help="ONNX Runtime provider that must run: cpu, cuda, tensorrt, ..."
+    "--provider",
+    "providers",
+    type=Provider(),
+    multiple=True,
+    metavar="NAME[:KEY=VALUE]",
+    help="ONNX Runtime provider that must run: cpu, cuda, tensorrt, ... Options after a colon: cuda:use_tf32=1.",
 )
 opset = click.option("--opset", type=click.IntRange(min=7), help="ONNX opset version; by default the exporter's own.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,7 +32,7 @@ def command(
     data: str | None,
     force: bool,
     shape: tuple[int, ...] | None,
-    providers: tuple[str, ...],
+    providers: tuple[Any, ...],
     tolerance: float | None,
     opset: int | None,
     reading: Reading,

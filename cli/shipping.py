@@ -17,7 +17,7 @@ def export(
     path: Path,
     batch: Any,
     *,
-    providers: tuple[str, ...] = (),
+    providers: tuple[Any, ...] = (),
     tolerance: float | None = None,
     opset: int | None = None,
     as_json: bool,

@@ -30,7 +30,7 @@ def command(
     candidate: Path,
     data: str | None,
     shape: tuple[int, ...] | None,
-    providers: tuple[str, ...],
+    providers: tuple[Any, ...],
     tolerance: float | None,
     reading: Reading,
     arch: str | None,

@@ -57,6 +57,8 @@ def test_help_imports_nothing_heavy(command):
         "fold model.pt -o out.pt --export out.onnx",
         "fold model.pt -o out.onnx",
         "fold model.pt --export out.pt",
+        "verify a.onnx b.onnx --provider cuda:use_tf32",
+        "verify a.onnx b.onnx --provider :use_tf32=1",
         "export model.pt out.onnx --shape 1,a",
         "verify model.pt",
         "demo --camera nonsense",

@@ -61,7 +61,7 @@ def test_json(files, run):
     assert (agreeing["divergence"], agreeing["first_divergence"]) == (None, None)
 
 
-@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider"])
+@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider", "cuda:use_tf32=1,device_id=0"])
 def test_provider_that_is_not_there(files, refused, provider):
     """A provider that is not there is refused with ONNX Runtime's own list of what it has."""
     said = refused(f"verify a.onnx same.onnx x.npy --provider {provider}")

@@ -36,7 +36,8 @@ def measuring(
 
     The named layers normalize with their ``"stored"`` statistics, with those of the ``"batch"``, or also
     move the stored ones as the operator's training mode would (``"update"``). ``waiting`` tells that all
-    replicas go from layer to layer together, so that one stage at a time is in memory.
+    replicas go from layer to layer together, so that one stage at a time is in memory. A graph has no use for
+    ``memory``, with which a module is made faster.
 
     Raises BntoolsError for a model in training mode and for ``forward``, which a graph has no place for.
     """

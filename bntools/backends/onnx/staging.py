@@ -12,11 +12,9 @@ import onnxruntime as ort
 
 from bntools.backends.onnx.buffers import Buffers
 from bntools.backends.onnx.document import Document
-from bntools.backends.onnx.session import open_session, quiet
+from bntools.backends.onnx.session import computed, open_session, quiet
 from bntools.backends.onnx.stages import STATS, Stage, model_of, stat_name
-from bntools.errors import BntoolsError
 from bntools.layer import Stats
-from bntools.noise import brief
 
 # Idle threads of one session would spin on the cores that the next one and the moments need.
 NO_SPINNING = {"session.intra_op.allow_spinning": "0"}
@@ -50,15 +48,7 @@ class Runs:
         stage = self.stages[index]
         if not stage.nodes:
             return
-        session = self._session(index, values)
-        try:
-            values.update(self._run(session, stage, self._fed(stage, values, stats)))
-        except BntoolsError:
-            raise
-        except Exception as error:  # the runtime's own errors share no base class but this one
-            raise BntoolsError(
-                f"ONNX Runtime {ort.__version__} fails in {self._document.name}: {brief(error)}"
-            ) from error
+        values.update(self._run(self._session(index, values), stage, self._fed(stage, values, stats)))
 
     def let_go(self, values: dict[str, Any], names: Iterable[str]) -> None:
         """Forget values; their memory is used again."""
@@ -89,7 +79,7 @@ class Runs:
         places = session.shapes.get(key) if key is not None else None
         outputs = self._bound(session, fed, places) if places else None
         if outputs is None:
-            outputs = dict(zip(stage.writes, session.runtime.run(list(stage.writes), fed, quiet()), strict=True))
+            outputs = computed(session.runtime, stage.writes, fed, self._document.name)
             if key is not None and key not in session.shapes:
                 numbers = _are_numbers(outputs.values())
                 session.shapes[key] = {name: (v.shape, v.dtype) for name, v in outputs.items()} if numbers else None

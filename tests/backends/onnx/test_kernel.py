@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -61,6 +65,28 @@ def test_not_finite_stays_not_finite():
         found, _ = moments_of(x)
     assert not np.isfinite(found.mean[:2] + found.m2[:2]).any()
     assert (found.mean[2], found.m2[2]) == (1, 0)
+
+
+def test_large_finite_values():
+    """Where squares overflow float32, the values are still finite, and so is what is measured of them."""
+    x = (np.random.default_rng(0).standard_normal((2, 3, 8, 8)) * 1e25).astype(np.float32)
+    found, samples = moments_of(x, per_sample=True)
+    np.testing.assert_allclose(found.var, Moments.of(x).var, rtol=1e-6)
+    assert np.isfinite(samples.mean).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork():
+    """A forked process, which has none of its parent's threads, measures with its own."""
+    x = np.ones((4, 4, 512, 512), np.float32)
+    assert moments_of(x)[0].mean[0] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork, which is the point here
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # rather than wait for ever
+        os._exit(int(moments_of(x)[0].mean[0] != 1))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @settings(max_examples=50, deadline=None)

@@ -202,6 +202,17 @@ def test_failures_change_nothing(batches, said):
     assert as_bytes(model) == before
 
 
+def test_an_operator_that_nobody_knows():
+    """A custom operator before a BN: the error names it and its domain, as everywhere."""
+    model = small()
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    model.graph.node[2].domain, model.graph.node[2].op_type = "com.example", "Mystery"
+    before = as_bytes(model)
+    with pytest.raises(BntoolsError, match=r"'Mystery'.*'com.example'|com.example.*Mystery"):
+        bntools.recalibrate(model, [images()])
+    assert as_bytes(model) == before
+
+
 def test_forward_is_for_modules():
     """A graph has no calling convention to be replaced."""
     with pytest.raises(BntoolsError, match="forward="):
