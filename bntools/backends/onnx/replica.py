@@ -114,6 +114,11 @@ class Replica:
             self._walk.runs.let_go(self._values, self._walk.runs.stages[self._stage].drops)
 
     def _normalize(self, one: Found, moments: Moments) -> None:
+        if moments.count <= 1:
+            raise BntoolsError(
+                f"layer {one.name!r} saw a single value per channel in a batch, which cannot be normalized with its "
+                f"own statistics: give larger batches, or take method='exact'"
+            )
         self._own[one.name] = moments.mean, moments.var
         if self._walk.normalize == "update":
             keep = attribute(one.node, "momentum", MOMENTUM)

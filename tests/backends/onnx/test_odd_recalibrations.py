@@ -75,3 +75,20 @@ def test_an_example_without_samples(verb, tmp_path):
     with pytest.raises(BntoolsError, match="the example holds no samples"):
         bntools.fold(small(), images(0)) if verb == "fold" else bntools.export(small(), path, images(0))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("method", ["precise", "ema"])
+def test_one_value_per_channel_in_a_batch(method):
+    """A batch in which a layer sees one value is refused by methods that normalize with it; exact takes it."""
+    node = norm("bn", "x", "y")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in "xy")
+    graph = helper.make_graph([node], "rows", [x], [y], constants("bn", 4))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    before = model.SerializeToString(deterministic=True)
+    rows = images(1).reshape(-1, 4)
+    singles = [row[None] for row in rows]
+    with pytest.raises(BntoolsError, match="'bn' saw a single value per channel in a batch"):
+        bntools.recalibrate(model, singles, method=method)
+    assert model.SerializeToString(deterministic=True) == before
+    bntools.recalibrate(model, singles)
+    assert np.allclose(bntools.inspect(model)[0].var, rows.var(axis=0), rtol=1e-6)
