@@ -14,8 +14,8 @@ from networks import as_trained, small, vision, write_onnx
 import bntools
 from bntools.layer import BatchNorm, distance
 
-PIXELS, SAMPLES = 128, 64
-SIZES = (16, 4, 64)  # the first is the one that both forms are compared at
+PIXELS, SAMPLES = 128, 32
+SIZES = (8, 4, 32)  # the first is the one that both forms are compared at
 
 
 def rows() -> Iterator[Row]:
@@ -36,7 +36,7 @@ def rows() -> Iterator[Row]:
 def _compared(name: str, model: torch.nn.Module, images: torch.Tensor, path: Path) -> Iterator[Row]:
     write_onnx(model, PIXELS, path)
     exact = copy.deepcopy(model).double()
-    bntools.recalibrate(exact, images.double().split(16), check=False)
+    bntools.recalibrate(exact, images.double().split(8), check=False)
     truth = bntools.inspect(exact)
     bntools.recalibrate(model, images.split(SIZES[0]), check=False)
     module = bntools.inspect(model)
@@ -48,7 +48,7 @@ def _compared(name: str, model: torch.nn.Module, images: torch.Tensor, path: Pat
         residuals.append(bntools.recalibrate(proto, batches).residual)
         files.append(bntools.inspect(proto))
     apart = _apart(module, files[0])
-    yield at_most(f"ONNX, {name}: statistics of the nn.Module and of its file", apart, 1e-5)
+    yield at_most(f"ONNX, {name}, {SAMPLES} samples: statistics of the nn.Module and of its file", apart, 1e-5)
     own = f"{_apart(truth, module):.1e} / {_apart(truth, files[0]):.1e}"
     yield Row(f"ONNX, {name}: distance from float64, nn.Module / file", own, "", True)
     sizes = ", ".join(map(str, sorted(SIZES)))
