@@ -119,7 +119,9 @@ def select(layers: list[BatchNorm], wanted: Selection, absence: Callable[[], str
         if chosen := [layer for layer in layers if wanted(layer)]:
             return chosen
         raise BntoolsError(f"the predicate given as layers= holds for none of the model's {len(layers)} BN layers")
-    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise BntoolsError(f"found layers={wanted!r}, expected names, globs or a predicate on BatchNorm")
     for pattern in patterns:
         if not any(_fits(layer.name, pattern) for layer in layers):
             raise BntoolsError(_no_such_layer(pattern, layers))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -321,10 +322,10 @@ def _check_arguments(
 ) -> None:
     if method not in METHODS:
         raise BntoolsError(f"found method={method!r}, expected one of {', '.join(METHODS)}")
-    if not 0 <= prior < math.inf:
+    if not isinstance(prior, Real) or not 0 <= prior < math.inf:
         raise BntoolsError(f"found prior={prior!r}, expected a number of samples, 0 or more")
     for name, value in (("memory", memory), ("tolerance", tolerance), ("max_samples", max_samples)):
-        if value is not None and not value > 0:
+        if value is not None and not (isinstance(value, Real) and value > 0):
             raise BntoolsError(f"found {name}={value!r}, expected a positive number")
     if method == "ema" and prior:
         raise BntoolsError("found prior= with method='ema': the moving average weighs the stored statistics itself")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
@@ -537,6 +538,16 @@ def test_a_failed_call_changes_nothing(case, method):
     assert_unchanged(model, before)
     if case == "loader raises":
         assert isinstance(caught.value.__cause__, LoaderError)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prior": "a"}, {"memory": "1G"}, {"tolerance": "1"}, {"layers": 3}, {"layers": [3]}]
+)
+def test_arguments_of_another_type_are_refused(wrong):
+    """What is no number, or no name, is said to be so."""
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(BntoolsError, match=re.escape(f"found {name}={value!r}, expected")):
+        bntools.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), rows(), **wrong)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
