@@ -7,7 +7,7 @@ initializer's name). What an operation means for a scale and shift on its way is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -225,6 +225,16 @@ class Graph:
     def is_used(self, value: int) -> bool:
         """Whether anything reads the value, in the model or outside."""
         return value in self.readers or value in self.outputs
+
+    def joined(self, layer: str, others: Collection[str]) -> Graph:
+        """The graph in which the calls of some other BN layers are calls of this one."""
+        nodes = tuple(
+            replace(node, op=Norm(layer, node.op.axis))
+            if isinstance(node.op, Norm) and node.op.layer in others
+            else node
+            for node in self.nodes
+        )
+        return replace(self, nodes=nodes)
 
     def without(self, layer: str) -> Graph:
         """The graph with every call of a BN layer taken out: its readers read its input."""

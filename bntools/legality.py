@@ -70,19 +70,42 @@ def plan(graph: Graph, affines: Mapping[str, Affine], fixed: Mapping[str, str]) 
     while True:
         before = len(waiting)
         for layer in list(waiting):
+            if layer not in waiting:
+                continue
+            joined, twins = graph, []
             decision = decide(graph, layer, affines[layer])
+            if isinstance(decision, str) and (twins := _twins(graph, layer, affines, waiting)):
+                joined = graph.joined(layer, twins)
+                decision = decide(joined, layer, affines[layer])
             if isinstance(decision, str):
                 reasons[layer] = decision
                 continue
-            steps.append(decision)
-            graph = graph.without(layer)
-            waiting.remove(layer)
-            reasons.pop(layer, None)
+            steps += [decision, *(Step(twin, ()) for twin in twins)]
+            graph = joined.without(layer)
+            for gone in (layer, *twins):
+                waiting.remove(gone)
+                reasons.pop(gone, None)
             for target in decision.targets:
                 if isinstance(target.op, Norm) and target.op.layer in affines:
                     affines[target.op.layer] = target.affine.after(affines[target.op.layer])
         if len(waiting) == before:
             return steps, reasons
+
+
+def _twins(graph: Graph, layer: str, affines: Mapping[str, Affine], waiting: list[str]) -> list[str]:
+    """Other layers that do the same to the same values: what takes up the one takes up all of them."""
+
+    def reads(name: str) -> set[tuple[int, int]]:
+        return {(call.inputs[0], call.op.axis) for call in graph.calls.get(name, ()) if isinstance(call.op, Norm)}
+
+    return [
+        other
+        for other in waiting
+        if other != layer
+        and other not in graph.fixed
+        and affines[other].same(affines[layer])
+        and reads(other) == reads(layer)
+    ]
 
 
 def decide(graph: Graph, layer: str, affine: Affine) -> Step | str:

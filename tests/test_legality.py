@@ -272,6 +272,31 @@ def test_shared_layers_fold_once_for_all_their_calls():
     assert folds(randomized(two), image(3)).folded == ["bn"]
 
 
+def test_equal_layers_on_one_value_fold_together():
+    """Layers that do the same to one output ask its weights for the same; where one of them differs, all stay."""
+
+    def net(count, odd=False):
+        names = [f"bn{i}" for i in range(count)]
+        layers = {name: nn.BatchNorm2d(4) for name in names}
+
+        def forward(m, x):
+            y = m.conv(x)
+            return [getattr(m, name)(y).relu() for name in names]
+
+        model = randomized(Net(forward, conv=nn.Conv2d(3, 4, 1), **layers))
+        for name in names[1:]:
+            getattr(model, name).load_state_dict(model.bn0.state_dict())
+            getattr(model, name).eps = model.bn0.eps
+        if odd:
+            model.bn0.running_mean[0] += 1
+        return model
+
+    assert folds(net(2), image(3)).folded == ["bn0", "bn1"]
+    assert folds(net(3), image(3)).folded == ["bn0", "bn1", "bn2"]
+    assert folds(net(3, odd=True), image(3)).folded == []
+    assert bntools.fold(net(2), image(3), layers="bn0").kept.keys() == {"bn0", "bn1"}
+
+
 def test_in_place_operations_behind_a_layer_do_no_harm():
     """conv -> BN -> ReLU(inplace), and a residual sum in place, fold as their copies do."""
     model = Net(

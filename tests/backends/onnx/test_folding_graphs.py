@@ -226,3 +226,16 @@ def check(model: onnx.ModelProto) -> None:
     read = {name for node in model.graph.node for name in node.input} | {one.name for one in model.graph.output}
     assert {tensor.name for tensor in model.graph.initializer} <= read
     assert all(read.intersection(node.output) for node in model.graph.node)
+
+
+def test_equal_nodes_on_one_value():
+    """Two BN of equal constants on one Conv, which exporters leave where a module is called twice, fold together."""
+    b = Builder()
+    y = b.op("Conv", "x", b.const(b.draw(4, 3, 3, 3)))
+    values = [b.random.uniform(0.5, 2, 4).astype(np.float32) for _ in range(4)]
+    one, other = (b.op("BatchNormalization", y, *map(b.const, values)) for _ in range(2))
+    model = b.model([b.op("Add", one, b.op("Relu", other))])
+    folded = bntools.fold(model, b.draw(2, 3, 7, 7))
+    assert len(folded.folded) == 2
+    assert not any(node.op_type == "BatchNormalization" for node in folded.model.graph.node)
+    assert folded.check.passed
