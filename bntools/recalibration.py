@@ -24,7 +24,7 @@ from bntools.replicas import Measured, Order, one_by_one, virtual_batch
 METHODS = ("exact", "precise", "ema")
 FEW = 4  # samples on which two memory layouts are compared
 PILOT = 64  # samples from which a first standard error is taken
-SPARE = 0.7  # of the memory: activations come and go, and an allocator's gaps took up to a third more (glibc 2.36)
+SPARE = 0.6  # of the memory: activations come and go, and an allocator's gaps took up to half as much more (glibc 2.36)
 
 Progress = Callable[[str, int, int | None], None]
 
