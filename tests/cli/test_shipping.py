@@ -111,7 +111,8 @@ def test_a_provider_that_is_not_there(refused, desk):
 
 def test_nothing_is_written_unless_it_verifies(refused, desk):
     """An export that misses its tolerance ends with status 3 and no file."""
-    refused("export model.pt out.onnx --shape 1,8,8 --tolerance 1e-12", status=3)
+    assert "tolerance" in refused("export model.pt out.onnx --shape 1,8,8 --tolerance 1e-12", status=3)
+    assert "out.onnx" not in os.listdir()
 
 
 def test_export_in_json_is_one_document(run, desk):
