@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_nets import IMAGE, Builder, conv, example, folds, ops
@@ -108,16 +109,25 @@ def test_outputs_of_the_graph_keep_their_names():
     assert folded.kept["three"].startswith("cannot go back: the output of Conv 'seen' is an output of the model")
 
 
-def test_two_layers_on_one_convolution():
-    """Two BNs that read one convolution are kept, even where they are alike: each names the other."""
+def two_on_one(alike: bool) -> onnx.ModelProto:
+    """A convolution whose output two BNs read; ``alike``, with one set of constants. Both give outputs of the model."""
     b = Builder()
     y = conv(b)
     first, second = b.bn(y, 4, "one"), b.bn(y, 4, "two")
-    b.nodes[-1].input[1:] = b.nodes[-2].input[1:]
+    if alike:
+        b.nodes[-1].input[1:] = b.nodes[-2].input[1:]
     model = b.model([first, second])
-    del model.graph.initializer[5:]
-    reasons = folds(model).kept
-    assert "BatchNormalization 'one_out' and BatchNormalization 'two_out'" in reasons["one_out"]
+    if alike:
+        del model.graph.initializer[5:]
+    return model
+
+
+def test_two_layers_on_one_convolution():
+    """Two BNs that read one convolution are kept, each naming the other; where they are alike they fold together."""
+    kept = folds(two_on_one(alike=False)).kept
+    assert "BatchNormalization 'one_out' and BatchNormalization 'two_out'" in kept["one"]
+    assert "BatchNormalization 'one_out' and BatchNormalization 'two_out'" in kept["two"]
+    assert folds(two_on_one(alike=True)).folded == ["one_out", "two_out"]
 
 
 @pytest.mark.parametrize("extra", [1, 3])
