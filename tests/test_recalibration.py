@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import shim
 import torch
-from torch import nn
+from torch import nn, overrides
 from torch.overrides import TorchFunctionMode
 
 import bntools
@@ -898,6 +898,26 @@ def test_ctrl_c_at_any_moment_changes_nothing_or_all():
             assert_unchanged(model, before)
         model.load_state_dict(before[0])
     assert interrupted > 10
+
+
+def test_a_function_mode_that_an_interrupt_left_is_taken_off():
+    """Ctrl-C between two lines of a mode's exit leaves it on the thread's stack, where it would meet the next model."""
+
+    class Mode(TorchFunctionMode):
+        pass
+
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            Mode().__enter__()
+            torch.set_default_dtype(torch.float64)
+            raise KeyboardInterrupt
+
+    outer = Mode()
+    with outer:
+        with pytest.raises(KeyboardInterrupt):
+            bntools.recalibrate(nn.Sequential(nn.BatchNorm1d(3), Interrupted()), rows().split(8))
+        assert overrides._get_current_function_mode_stack() == [outer]
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.fixture(autouse=True)

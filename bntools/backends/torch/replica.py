@@ -27,7 +27,7 @@ from bntools.backends.torch.layout import Layout
 from bntools.backends.torch.measuring import moments_of, sample_moments_of
 from bntools.backends.torch.normalizing import stopping_forward
 from bntools.backends.torch.running import Forward, call, eval_mode, prepared
-from bntools.backends.torch.state import Ambient, Attributes
+from bntools.backends.torch.state import Ambient, Attributes, thread_kept
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Arrival
@@ -58,6 +58,7 @@ def measuring(
     _check_ready(model, targets, normalize)
     stack = ExitStack()
     try:
+        stack.enter_context(thread_kept())
         stack.enter_context(eager())
         stack.enter_context(eval_mode(model))
         stack.enter_context(_buffers_kept(model, targets.values()))

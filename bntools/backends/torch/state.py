@@ -60,6 +60,23 @@ class Ambient:
             yield
 
 
+@contextmanager
+def thread_kept() -> Iterator[None]:
+    """Afterwards the function modes and the default dtype of this thread are those of before.
+
+    Their own context managers see to that, unless Ctrl-C falls between two of their lines.
+    """
+    modes, dtype = overrides._get_current_function_mode_stack(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        while overrides._get_current_function_mode_stack()[len(modes) :]:
+            overrides._pop_mode()
+        for mode in modes[len(overrides._get_current_function_mode_stack()) :]:
+            overrides._push_mode(mode)
+        torch.set_default_dtype(dtype)
+
+
 class Attributes:
     """The plain attributes and buffers of a model's modules.
 
