@@ -107,7 +107,7 @@ class Replica:
 
     def held(self) -> int:
         """Bytes of the values that it holds, without the batch itself."""
-        return sum(value.nbytes for name, value in self._values.items() if name not in self._given)
+        return sum(getattr(value, "nbytes", 0) for name, value in self._values.items() if name not in self._given)
 
     def _drop(self) -> None:
         if self._stage >= 0:

@@ -103,6 +103,13 @@ def graph_inputs(document: Document) -> list[Input]:
 
 def model_of(document: Document, stage: Stage, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     """A stage as a model of its own; ``values`` are some of what it reads, which tell its inputs' types."""
+    for name in stage.reads:
+        if not isinstance(values[name], np.ndarray):
+            raise BntoolsError(
+                f"{document.name}: {name!r}, which is needed before and behind a BN layer, is a "
+                f"{type(values[name]).__name__} and no tensor: the graph cannot be cut at that layer. Name the others "
+                f"in layers="
+            )
     nodes = [_fed(node, stage.applied) for node in stage.nodes]
     used = {name for node in nodes for name in reads(node)}
     inputs = [_value(name, values[name].dtype, values[name].ndim) for name in stage.reads]

@@ -33,7 +33,7 @@ class Runs:
     """The stages of a graph and their sessions, made when they are first run.
 
     Unless they are to be kept, the session of one stage makes way for that of the next: its weights and
-    its working memory are gone with it, and its statistics are as they were when it was made.
+    its working memory are gone with it.
     """
 
     def __init__(self, document: Document, stages: list[Stage], keep: bool):

@@ -339,6 +339,20 @@ def test_shapes_that_depend_on_values():
     assert gap(model, expected) < 2e-6
 
 
+def test_a_sequence_across_a_layer_is_refused():
+    """A sequence made before a BN and read behind it crosses the cut, which only tensors can: one error names it."""
+    net = Builder()
+    parts = net.op("SplitToSequence", "x", axis=1, keepdims=1, name="parts")
+    first = net.bn(net.op("ConcatFromSequence", parts, axis=1), 3, "first")
+    again = net.op("Add", first, net.op("SequenceAt", parts, net.const(np.array(0))))
+    model = net.model([net.op("Relu", net.bn(again, 3, "second"))], ("N", 3), strict=False)
+    before = as_bytes(model)
+    with pytest.raises(BntoolsError, match=r"'parts'.* is a list and no tensor.*layers="):
+        bntools.recalibrate(model, np.split(images(height=1, width=1).reshape(-1, 3), 4))
+    assert as_bytes(model) == before
+    assert bntools.recalibrate(model, images(height=1, width=1).reshape(-1, 3), layers="first").residual < 1e-6
+
+
 def test_several_inputs_by_name():
     """A dict goes in by the names of the file's inputs; what the file has no input for is left out."""
     net = Builder()
