@@ -81,7 +81,7 @@ def as_iterable(batches: Any) -> Iterable[Any]:
 def is_repeatable(batches: Any) -> bool:
     """Whether the data can be read a second time: a generator cannot."""
     batches = as_iterable(batches)
-    return not hasattr(batches, "__next__")
+    return bool(getattr(batches, "repeatable", not hasattr(batches, "__next__")))
 
 
 def count(content: Any) -> int:

@@ -92,6 +92,7 @@ def export(
     backend, onnx = backends.of(model), backends.backend("onnx")
     onnx.require(providers)
     model = backend.edit(model)
+    example = backends.canonical(model, example)
     runner = backend.runners(model)[0]
     plans, notes = _plans(runner.run, example, backend.EXPORTERS)
     source, folded, kept, remarks = _folded(backend, model, example)

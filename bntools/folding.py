@@ -59,6 +59,7 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
     """
     backend = backends.of(model)
     given, model = model, backend.edit(model)
+    example = backends.canonical(model, example)
     found = backend.layers(model)
     chosen = {layer.name for layer in select(found, layers, backends.absence(model))}
     affines, fixed = _affines(found, chosen)

@@ -28,10 +28,11 @@ class BatchNorm:
     out of the model; None where the layer has no such thing (``affine=False``, statistics that are
     not tracked). ``var`` is the plain second moment, divided by the count. ``momentum`` is the
     framework's own number. ``updates`` counts the updates of the statistics, None if nobody counted.
-    ``initial_share`` is the share of the initial statistics still inside, as far as momentum and
-    updates tell, and ``forgets_after`` the number of updates that leave less than a hundredth of it.
+    ``initial`` is what mean and variance start with in training,
+    ``initial_share`` the share of it that is still inside, as far as momentum and updates tell, and ``forgets_after`` the number of updates that leave less than a hundredth of it.
     ``dtype`` is how the model stores the statistics. ``stats_frozen`` holds where
-    training cannot move the statistics, also after ``model.train()``. ``pooled`` is False for
+    training cannot move the statistics, also after ``model.train()``, and ``in_training`` says in words what the
+    layer does while the model trains. ``pooled`` is False for
     instance normalization, whose statistics are averages over instances. ``remarks`` are problems
     that only the back end can see; ``obstacle`` says why the statistics can be neither measured nor stored nor
     folded where they lie, and is empty where they can.
@@ -50,8 +51,10 @@ class BatchNorm:
     updates: int | None
     stats_frozen: bool
     affine_frozen: bool
+    initial: tuple[float, float] = (0.0, 1.0)
     initial_share: float | None = None
     forgets_after: int = 0
+    in_training: str = ""
     dtype: str = "float32"
     pooled: bool = True
     remarks: tuple[str, ...] = ()
@@ -61,6 +64,14 @@ class BatchNorm:
     def problems(self) -> list[str]:
         """What is wrong with the layer, one sentence each; empty if nothing is."""
         return [*self.remarks, *_momentum_problems(self), *_stats_problems(self), *_affine_problems(self)]
+
+    @property
+    def training(self) -> str:
+        """What the layer does while the model trains, in words; in inference it uses its stored statistics."""
+        if self.in_training or not self.tracked:
+            return self.in_training or "normalizes with each batch's own statistics"
+        stored = "normalizes with its stored statistics, which stay"
+        return stored if self.stats_frozen else "normalizes with each batch's statistics and moves the stored ones"
 
     @property
     def initialized(self) -> bool:
@@ -142,22 +153,24 @@ def _momentum_problems(layer: BatchNorm) -> Iterator[str]:
     if not layer.tracked or not layer.initialized:
         return
     mean, var = layer.stats
-    if _still_initial(mean, var, layer.updates):
+    if _still_initial(mean, var, layer):
         yield f"never updated: the statistics still have their initial values {mean[0]:g} and {var[0]:g}"
-    elif layer.initial_share is not None and SMALL_SHARE < layer.initial_share <= var.min():
-        # A share s of an initial variance of 1 cannot be inside a variance below s: then
+    elif layer.initial_share is not None and SMALL_SHARE < layer.initial_share <= var.min() / (layer.initial[1] or 1):
+        # A share s of an initial variance v cannot be inside a variance below s * v: then
         # something other than momentum has written the statistics.
+        values = "" if layer.initial == (0.0, 1.0) else "s {:g} and {:g}".format(*layer.initial)
         yield (
-            f"{layer.initial_share:.0%} of the initial value is still inside after "
+            f"{layer.initial_share:.0%} of the initial value{values} {'are' if values else 'is'} still inside after "
             f"{layer.updates} updates at momentum {layer.momentum:g}"
         )
 
 
-def _still_initial(mean: np.ndarray, var: np.ndarray, updates: int | None) -> bool:
+def _still_initial(mean: np.ndarray, var: np.ndarray, layer: BatchNorm) -> bool:
     """A counter of 0 is not enough: old checkpoints lack it, and their statistics are trained."""
-    if updates is None:
-        return bool(np.all(mean == 0) and np.all(var == 1))
-    return updates == 0 and bool(np.ptp(mean) == 0 and np.ptp(var) == 0)
+    if layer.updates is None:
+        initial = [np.float32(value) for value in layer.initial]
+        return bool(np.all(np.float32(mean) == initial[0]) and np.all(np.float32(var) == initial[1]))
+    return layer.updates == 0 and bool(np.ptp(mean) == 0 and np.ptp(var) == 0)
 
 
 def _stats_problems(layer: BatchNorm) -> Iterator[str]:

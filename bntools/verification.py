@@ -57,6 +57,7 @@ def verify(
         check = bntools.verify(model, "model.onnx", images)
         print(check)                    # verified on 8 samples: error 4.1e-07 (tolerance 1e-04), ...
     """
+    batches = backends.fed(candidate, backends.fed(reference, batches))
     truth = _runners(reference, ("cpu",), forward)[0]
     trials = [Trial(runner) for runner in _runners(candidate, providers, forward)]
     samples = _compare(truth, trials, batches)

@@ -39,6 +39,7 @@ def command(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple
         output.as_json({"model": str(model), "layers": [_record(layer) for layer in found]})
         return
     _print_table(found)
+    _print_training(found)
     _print_problems(found)
 
 
@@ -52,6 +53,15 @@ def _print_table(layers: list[BatchNorm]) -> None:
     if said:
         click.echo(f"all: {', '.join(said)}")
     output.table(columns, [[row[key] for key in columns] for row in cells])
+
+
+def _print_training(layers: list[BatchNorm]) -> None:
+    """What the layers do while the model trains: in inference all use their stored statistics."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        names.setdefault(layer.training, []).append(layer.name)
+    for what, having in names.items():
+        click.echo(f"in training, {'every layer' if len(names) == 1 else _some(having)}: {what}")
 
 
 def _print_problems(layers: list[BatchNorm]) -> None:

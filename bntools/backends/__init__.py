@@ -25,6 +25,7 @@ from bntools.errors import BntoolsError
 
 # back end -> the types it serves, as (imported module, attribute)
 SERVED = {
+    "keras": [("keras", "Model")],  # first: on Keras's torch back end a keras.Model is an nn.Module as well
     "torch": [("torch.nn", "Module")],
     "onnx": [("onnx", "ModelProto"), ("onnx_ir", "Model"), ("bntools.backends.onnx.document", "Document")],
 }
@@ -36,6 +37,9 @@ SUFFIXES = {
     ".pt2": "torch",
     ".safetensors": "torch",
     ".onnx": "onnx",
+    ".keras": "keras",
+    ".h5": "keras",
+    ".hdf5": "keras",
 }
 
 
@@ -50,7 +54,8 @@ def of(model: Any) -> ModuleType:
                 return backend(name)
     raise BntoolsError(
         f"found a {type(model).__module__}.{type(model).__qualname__} where a model was expected: "
-        f"bntools serves torch.nn.Module, onnx.ModelProto, onnx_ir.Model and the path of an .onnx file"
+        f"bntools serves torch.nn.Module, keras.Model (of Keras 3), onnx.ModelProto, onnx_ir.Model and the path of an "
+        f".onnx file"
     )
 
 
@@ -69,6 +74,18 @@ def _of_onnx_path(path: Path) -> ModuleType:
         f"found the path {str(path)!r} where a model was expected: only an .onnx file is taken by its path; "
         f"load any other first, with bntools.load"
     )
+
+
+def fed(model: Any, batches: Any, max_samples: int | None = None) -> Any:
+    """What a user gave as batches for a model, as batches that every verb understands."""
+    found = getattr(of(model), "feed", None)
+    return batches if found is None else found(model, batches, max_samples)
+
+
+def canonical(model: Any, example: Any) -> Any:
+    """What a user gave as one batch for a model, as every verb understands it."""
+    found = getattr(of(model), "canonical", None)
+    return example if found is None else found(model, example)
 
 
 def absence(model: Any) -> Callable[[], str] | None:

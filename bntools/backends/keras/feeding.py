@@ -1,0 +1,128 @@
+"""Data as Keras users have it, as the batches that the verbs work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import count as counting
+from itertools import cycle, repeat
+from typing import Any
+
+import keras
+import numpy as np
+
+from bntools.errors import BntoolsError
+from bntools.resizing import mapped, to_numpy
+
+CHUNK = 64  # samples at a time of what is given as one array
+ENDLESS = 2_000_000  # samples of data without a length, more than ImageNet has, after which it is taken for endless
+
+
+class Feed:
+    """Batches one by one, each as one array or as a dict of arrays by name.
+
+    It can be iterated as often as what it stands for. ``samples`` is how many there are, None if unknown.
+    """
+
+    def __init__(self, model: Any, batches: Any, limited: bool):
+        self._model, self._batches, self._limited = model, batches, limited
+        self.samples: int | None = getattr(batches, "samples", None)
+        self.repeatable = isinstance(batches, keras.utils.PyDataset) or not hasattr(batches, "__next__")
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches. Raises BntoolsError for data that never ends or ends before it said it would."""
+        announced = _length(self._batches)
+        if announced == np.inf and not self._limited:
+            raise BntoolsError(_endless("the data never ends"))
+        found = seen = 0
+        for batch in _items(self._batches, announced):
+            content = canonical(self._model, batch)
+            found += 1
+            if announced is None and not self._limited:
+                seen += _samples(content)
+                if seen > ENDLESS:
+                    raise BntoolsError(_endless(f"the data gave more than {ENDLESS:,} samples and may never end"))
+            yield content
+        if announced is not None and found < announced < np.inf:
+            raise BntoolsError(f"the data ended after {found} batches, although it has {announced} by its own account")
+
+
+def feed(model: Any, batches: Any, max_samples: int | None = None) -> Iterable[Any]:
+    """Batches as the verbs take them: a tf.data.Dataset, a keras.utils.PyDataset, arrays, or any iterable.
+
+    An array, or a dict of them, is cut into batches of CHUNK samples. Of ``(x, y, weights)`` the model gets x; several
+    inputs become a dict by name.
+    """
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        batches = _chunks(canonical(model, batches))
+    return Feed(model, batches, limited=max_samples is not None)
+
+
+def canonical(model: Any, batch: Any) -> Any:
+    """One batch as an array, or a dict of arrays by the names of the model's inputs, on the CPU.
+
+    Inputs of a model that has no names for them go by their position, a number.
+    """
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0] if batch else None
+    if isinstance(batch, (tuple, list)) and all(hasattr(part, "shape") for part in batch):
+        names = _input_names(model)
+        batch = dict(zip(names if len(names) == len(batch) else range(len(batch)), batch, strict=True))
+    return mapped(lambda value: to_numpy(value) if _is_dense(value) else value, batch)
+
+
+def _input_names(model: Any) -> list[str]:
+    inputs = getattr(getattr(model, "_functional", model), "_inputs", None) or []
+    return [one.name for one in inputs]
+
+
+def _is_dense(value: Any) -> bool:
+    return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def _chunks(arrays: Any) -> list[Any]:
+    sizes = [len(a) for a in (arrays.values() if isinstance(arrays, Mapping) else [arrays]) if getattr(a, "ndim", 0)]
+    size = sizes[0] if sizes else 1
+    if len(set(sizes)) > 1:
+        raise BntoolsError(f"the arrays have different numbers of samples: {', '.join(map(str, sizes))}")
+
+    def part(start: int) -> Any:
+        return mapped(lambda a: a[start : start + CHUNK] if getattr(a, "ndim", 0) else a, arrays)
+
+    return [part(start) for start in range(0, max(size, 1), CHUNK)]
+
+
+def _length(batches: Any) -> float | None:
+    """How many batches there are by the data's own account; infinity for no end, None if it does not say."""
+    if isinstance(batches, (cycle, repeat, counting)):
+        return np.inf
+    if isinstance(batches, keras.utils.PyDataset):
+        try:
+            number = batches.num_batches
+        except NotImplementedError:
+            return None
+        return np.inf if number is None else number
+    if hasattr(batches, "cardinality"):  # tf.data: -1 for infinite, -2 for unknown
+        number = int(batches.cardinality())
+        return number if number >= 0 else np.inf if number == -1 else None
+    with suppress(TypeError, NotImplementedError):
+        return len(batches)
+    return None
+
+
+def _items(batches: Any, announced: float | None) -> Iterator[Any]:
+    """The batches of one pass; Keras's datasets go by index, for some of their iterators never stop."""
+    if not isinstance(batches, keras.utils.PyDataset) or announced is None:
+        return iter(batches)
+    indices = counting() if announced == np.inf else range(int(announced))
+    return (batches[index] for index in indices)
+
+
+def _samples(content: Any) -> int:
+    first = next(iter(content.values()), None) if isinstance(content, Mapping) else content
+    shape = getattr(first, "shape", ())
+    return int(shape[0]) if len(shape) else 1
+
+
+def _endless(what: str) -> str:
+    return f"{what}: say how many samples to use, with max_samples= (--max-samples)"

@@ -1,0 +1,58 @@
+"""Running a Keras model on a batch, in inference mode."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from keras import ops, tree
+
+from bntools.backends.keras.feeding import canonical
+
+Forward = Callable[[Any, Any], Any]
+
+
+def call(model: Any, batch: Any, forward: Forward | None = None) -> Any:
+    """Run the model on a batch with ``training=False``: an array, a tuple or list (its first element), or a dict.
+
+    The arrays of a dict go to the inputs of these names, of a model written in Python to the parameters of its
+    ``call``. ``forward(model, batch)`` overrides.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    inputs = canonical(model, batch)
+    if not isinstance(inputs, Mapping):
+        return model(inputs, training=False)
+    if all(isinstance(name, int) for name in inputs):
+        return model(list(inputs.values()), training=False)
+    if not hasattr(model, "_inputs_struct") and inputs.keys() <= inspect.signature(model.call).parameters.keys():
+        return model(**inputs, training=False)
+    return model(dict(inputs), training=False)
+
+
+def predict(model: Any, batch: Any, forward: Forward | None = None) -> dict[str, np.ndarray]:
+    """The model's outputs in inference mode by name, as numpy arrays (bfloat16 as float32).
+
+    Outputs of a functional model have the names of the layers that give them; those of any other their
+    places in what it returns, ``output`` alone if that is one tensor.
+    """
+    result = call(model, batch, forward)
+    flat = [(path, value) for path, value in tree.flatten_with_path(result) if value is not None]
+    names = output_names(model, len(flat)) if forward is None else None
+    if names is None:
+        names = ["output" + "".join(f"[{part!r}]" for part in path) for path, _ in flat]
+    return {name: to_numpy(value) for name, (_, value) in zip(names, flat, strict=True)}
+
+
+def output_names(model: Any, number: int) -> list[str] | None:
+    """The names of a functional model's outputs, if they are as many and differ from one another."""
+    names = list(getattr(model, "output_names", None) or [])
+    return names if len(names) == number and len(set(names)) == number else None
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A copy of a tensor as numpy; bfloat16, which numpy lacks, as float32."""
+    array = np.array(ops.convert_to_numpy(value))
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
