@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,19 +12,12 @@ import numpy as np
 from keras import ops
 
 from bntools.backends.keras.calls import called_for_inference
+from bntools.backends.keras.facts import Facts, Written, initial, record, updates_of
 from bntools.backends.keras.naming import norms
 from bntools.errors import BntoolsError
-from bntools.layer import SMALL_SHARE, BatchNorm
+from bntools.layer import BatchNorm
 
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
-
-
-@dataclass(frozen=True)
-class Written:
-    """What bntools stored in a layer: the number of updates, and the model's step counter at that time."""
-
-    updates: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -65,70 +57,60 @@ def write(model: Any, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> 
             _written[layer] = Written(updates, steps or 0)
 
 
+def remembered(model: Any) -> dict[str, int]:
+    """The updates of the layers in which bntools stored statistics, by layer name, for the model's file."""
+    kept = {name for name, layer in norms(model).items() if layer in _written}
+    return {layer.name: layer.updates or 0 for layer in layers(model) if layer.name in kept} if kept else {}
+
+
+def remember(model: Any, updates: Mapping[str, int]) -> None:
+    """Take over the updates that a model's file tells of, as of now."""
+    found, steps = norms(model), training_steps(model) or 0
+    for name in updates.keys() & found.keys():
+        _written[found[name]] = Written(updates[name], steps)
+
+
 def training_steps(model: Any) -> int | None:
     """How many steps the model's optimizer has made; None without one that counts."""
     iterations = getattr(getattr(model, "optimizer", None), "iterations", None)
     return None if iterations is None else int(ops.convert_to_numpy(iterations))
 
 
-def updates_of(layer: Any, steps: int | None) -> int | None:
-    """How many updates the statistics of a layer have had, as far as anything counts them."""
-    written = _written.get(layer)
-    return steps if written is None else written.updates + max(0, (steps or 0) - written.steps)
-
-
 def array(variable: Any) -> np.ndarray | None:
     """A copy of a variable in float64; None where there is none."""
-    return None if variable is None else np.array(ops.convert_to_numpy(variable), dtype=np.float64)
+    return None if variable is None else _values(variable)
+
+
+def _values(variable: Any) -> np.ndarray:
+    return np.array(ops.convert_to_numpy(variable), dtype=np.float64)
 
 
 def _record(name: str, layer: Any, steps: int | None, told: bool) -> BatchNorm:
-    mean, var = array(layer.moving_mean), array(layer.moving_variance)
-    frozen_stats = not layer.trainable or _keeps(layer, "stats")
-    updates = updates_of(layer, None if frozen_stats else steps)
-    momentum = layer.momentum
-    return BatchNorm(
-        name=name,
-        kind=type(layer).__name__,
-        features=0 if mean is None else len(mean),
-        axis=layer.axis,
-        eps=float(layer.epsilon),
-        momentum=momentum,
-        mean=mean,
-        var=var,
-        scale=array(layer.gamma),
-        shift=array(layer.beta),
-        updates=updates,
-        stats_frozen=frozen_stats,
-        affine_frozen=not any(v is not None and layer.trainable and v.trainable for v in (layer.gamma, layer.beta)),
-        initial_share=momentum**updates if updates is not None and (updates or momentum < 1) else None,
-        initial=(_initial(layer.moving_mean_initializer, 0.0), _initial(layer.moving_variance_initializer, 1.0)),
-        forgets_after=math.ceil(math.log(SMALL_SHARE) / math.log(momentum)) if 0 < momentum < 1 else 0,
-        dtype="none" if mean is None else keras.backend.standardize_dtype(layer.moving_mean.dtype),
-        in_training=_in_training(layer, frozen_stats),
-        remarks=tuple(_remarks(layer, told and not frozen_stats)),
-    )
-
-
-def _in_training(layer: Any, frozen: bool) -> str:
-    if layer.renorm and not frozen:
-        return "normalizes with corrected batch statistics (renorm) and moves the stored ones"
-    return ""
-
-
-def _remarks(layer: Any, told: bool) -> Iterator[str]:
-    if not layer.built:
-        yield "not built yet: call the model on a batch first"
-        return
-    if told:
-        yield (
-            "the model calls it with training=False, which fit overrides in Keras 3: its statistics move all the same "
-            "(bntools.freeze keeps them)"
+    mean = array(layer.moving_mean)
+    affine = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
+    return record(
+        Facts(
+            name=name,
+            kind=type(layer).__name__,
+            axis=layer.axis,
+            epsilon=layer.epsilon,
+            momentum=layer.momentum,
+            mean=mean,
+            var=array(layer.moving_variance),
+            scale=array(layer.gamma),
+            shift=array(layer.beta),
+            trainable=layer.trainable,
+            trains=any(variable.trainable for variable in affine),
+            keeps_stats=_keeps(layer, "stats"),
+            renorm=layer.renorm,
+            built=layer.built,
+            steps=updates_of(_written.get(layer), steps),
+            frozen_steps=updates_of(_written.get(layer), None),
+            told=told,
+            initial=(_initial(layer.moving_mean_initializer, 0.0), _initial(layer.moving_variance_initializer, 1.0)),
+            dtype="none" if mean is None else keras.backend.standardize_dtype(layer.moving_mean.dtype),
         )
-    if layer.trainable and layer.momentum == 1:
-        yield "momentum 1: training never moves the statistics (Keras's momentum is the weight of the old value)"
-    elif layer.trainable and layer.momentum == 0:
-        yield "momentum 0: the statistics are those of the last batch alone"
+    )
 
 
 def _keeps(layer: Any, what: str) -> bool:
@@ -137,12 +119,7 @@ def _keeps(layer: Any, what: str) -> bool:
 
 
 def _initial(initializer: Any, usual: float) -> float:
-    """The value that an initializer fills a variable with; the usual one where it is no constant."""
-    value = initializer.get_config().get("value", usual)
-    kind = type(initializer).__name__
-    if kind in ("Zeros", "Ones"):
-        return 0.0 if kind == "Zeros" else 1.0
-    return float(value) if isinstance(value, (int, float)) else usual
+    return initial(type(initializer).__name__, initializer.get_config(), usual)
 
 
 def _check_fits(name: str, stored: Any, values: Any, what: str) -> None:
@@ -169,7 +146,7 @@ def _store_renorm(layer: Any, mean: np.ndarray, var: np.ndarray) -> None:
 
     Keras takes its standard deviations with epsilon in them.
     """
-    now = Renorm(*(array(getattr(layer, name)) for name in ("moving_mean", "moving_variance")), _others(layer))
+    now = Renorm(_values(layer.moving_mean), _values(layer.moving_variance), _others(layer))
     if any(not np.allclose(now.others[name], values) for name, values in _derived(layer, now.mean, now.var).items()):
         _renorm[layer] = now  # as training left them, which nothing else can tell
     known = _renorm.get(layer)
@@ -182,7 +159,7 @@ def _store_renorm(layer: Any, mean: np.ndarray, var: np.ndarray) -> None:
 
 
 def _others(layer: Any) -> dict[str, np.ndarray]:
-    return {name: np.array(ops.convert_to_numpy(getattr(layer, name)), dtype=np.float64) for name in RENORM}
+    return {name: _values(getattr(layer, name)) for name in RENORM}
 
 
 def _derived(layer: Any, mean: np.ndarray, var: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,266 @@
+"""What a model file of Keras holds, looked at without Keras: config, versions, its weights, and what is amiss.
+
+A ``.keras`` file is a zip archive of ``config.json``, ``metadata.json`` and ``model.weights.h5``; ``.h5`` is HDF5 with
+the config in an attribute. bntools's own notes go where Keras does not look: the archive's comment, or a dataset.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+
+from bntools import sniff
+from bntools.errors import BntoolsError
+
+CONFIG, METADATA, WEIGHTS, WEIGHTS_NPZ = "config.json", "metadata.json", "model.weights.h5", "model.weights.npz"
+NOTES = "bntools"  # the key of our notes in the comment of an archive, and the name of our dataset
+MOST_NOTES = 65535  # bytes in the comment of a zip archive
+SLACK = 64 << 20  # bytes: below this nothing is called a bomb
+RATIO = 8  # float weights hardly compress, and Keras does not even try
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known of a file without building its model.
+
+    ``form`` is ``archive`` (.keras), ``hdf5`` (a whole model), ``weights`` (Keras 3) or ``legacy weights``. ``config``
+    describes the model and ``training`` its optimizer and losses, None where the file has none. ``version`` is
+    the Keras that wrote it, "" if it does not say. ``updates`` are those that bntools noted, by layer name.
+    """
+
+    path: str
+    form: str
+    config: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    version: str = ""
+    updates: Mapping[str, int] = field(default_factory=dict)
+
+
+def read(path: str) -> Contents:
+    """Look into a file. Raises BntoolsError where it is none of Keras's, damaged, or claims to be absurdly large."""
+    if Path(path).suffix.lower() == ".keras":
+        return _read_archive(path)
+    with hdf5(path) as file:
+        check_datasets(path, file)
+        updates = _notes(_bytes(file[NOTES][()]) if isinstance(file.get(NOTES), h5py.Dataset) else b"")
+        version = _attribute(file, "keras_version")
+        if "model_config" in file.attrs:
+            config = _object(path, "model_config", _attribute(file, "model_config"))
+            training = _attribute(file, "training_config")
+            told = _object(path, "training_config", training) if training else None
+            if "model_weights" not in file:
+                raise BntoolsError(f"{path}: holds a model's config, but no weights: the file is damaged")
+            return Contents(path, "hdf5", config, told, version, updates)
+        if "layer_names" in file.attrs:
+            return Contents(path, "legacy weights", None, None, version, updates)
+        if {"layers", "vars", "_layer_checkpoint_dependencies"} & set(file.keys()):
+            return Contents(path, "weights", None, None, version, updates)
+        found = ", ".join(list(file.keys())[:4]) or "nothing"
+    raise BntoolsError(f"{path}: an HDF5 file, but no model or weights that Keras wrote (it holds {found})")
+
+
+@contextmanager
+def hdf5(path: str) -> Iterator[h5py.File]:
+    """An HDF5 file, open for reading; BntoolsError where it is none or damaged."""
+    if not h5py.is_hdf5(path):
+        found = sniff.describe(path)
+        found = "a damaged or truncated HDF5 file" if found.startswith("an HDF5 file") else found
+        raise BntoolsError(f"{path}: found {found} where a Keras model was expected (HDF5)")
+    with _damaged(path, "HDF5 file"), h5py.File(path, "r") as file:
+        yield file
+
+
+@contextmanager
+def weights(path: str) -> Iterator[h5py.File]:
+    """The weights inside a ``.keras`` archive, read where they lie."""
+    with _damaged(path, "archive"), zipfile.ZipFile(path) as archive:
+        if WEIGHTS not in archive.namelist():
+            raise BntoolsError(f"{path}: an archive without {WEIGHTS}")
+        entry = archive.getinfo(WEIGHTS)
+        # Keras stores members uncompressed; going back and forth in one through zipfile would read it again and again.
+        stored = entry.compress_type == zipfile.ZIP_STORED
+        source = _Window(path, entry) if stored else io.BytesIO(archive.read(entry))
+        with source, h5py.File(source, "r") as file:
+            yield file
+
+
+def dataset(group: Any, name: str) -> h5py.Dataset:
+    """A dataset of an HDF5 group that lies in this file. Raises BntoolsError for anything else under that name."""
+    if isinstance(group.get(name, getlink=True), (h5py.SoftLink, h5py.ExternalLink)):
+        raise BntoolsError(f"{group.file.filename}: {name} is a link, which Keras does not write: not read")
+    found = group[name]
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+        raise BntoolsError(f"{group.file.filename}: {name} is no array that lies in the file: not read")
+    return found
+
+
+def check_datasets(path: str, file: h5py.File) -> None:
+    """Refuse what no honest file has: links out of it, and arrays that claim to be far larger than what is stored."""
+    claimed = stored = 0
+    for name, one in _datasets(path, file):
+        if one.external or one.is_virtual:
+            raise BntoolsError(f"{path}: its array {name} lies in another file, which Keras does not write: not read")
+        claimed += math.prod(one.shape or ()) * one.dtype.itemsize
+        stored += one.id.get_storage_size()
+    _check_size(path, claimed, stored)
+
+
+def comment(updates: Mapping[str, int]) -> bytes:
+    """The updates of layers as bntools's note in a file; b"" where there are none, or more than fit."""
+    groups: dict[int, list[str]] = {}
+    for name, number in updates.items():
+        groups.setdefault(number, []).append(name)
+    listed = [{"updates": number, "layers": names} for number, names in groups.items()]
+    text = json.dumps({NOTES: listed}, separators=(",", ":")).encode() if listed else b""
+    return text if len(text) <= MOST_NOTES else b""
+
+
+def loads(path: str, what: str, text: str | bytes) -> Any:
+    """JSON from a file; BntoolsError where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BntoolsError(f"{path}: damaged: its {what} is no JSON ({error})") from error
+
+
+def _read_archive(path: str) -> Contents:
+    if not zipfile.is_zipfile(path):
+        found = sniff.describe(path)
+        found = "a damaged or truncated zip archive" if found == "a zip archive" else found
+        hint = "; rename it to .h5" if found.startswith("an HDF5") else ""
+        raise BntoolsError(f"{path}: found {found} where a .keras archive was expected{hint}")
+    with _damaged(path, "archive"), zipfile.ZipFile(path) as archive:
+        _check_members(path, archive)
+        names = set(archive.namelist())
+        if CONFIG not in names or not {WEIGHTS, WEIGHTS_NPZ} & names:
+            raise BntoolsError(
+                f"{path}: a zip archive, but no Keras model: it holds {', '.join(sorted(names)[:4]) or 'nothing'}; "
+                f"expected {CONFIG} and {WEIGHTS}, as model.save writes them"
+            )
+        config = _object(path, CONFIG, archive.read(CONFIG))
+        metadata = _object(path, METADATA, archive.read(METADATA)) if METADATA in names else {}
+        updates = _notes(archive.comment)
+    if WEIGHTS in names:
+        with weights(path) as file:
+            check_datasets(path, file)
+    version = metadata.get("keras_version")
+    return Contents(
+        path, "archive", config, config.get("compile_config"), version if isinstance(version, str) else "", updates
+    )
+
+
+def _check_members(path: str, archive: zipfile.ZipFile) -> None:
+    for name in archive.namelist():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise BntoolsError(f"{path}: its entry {name!r} leads out of the archive, which no model does: not read")
+    _check_size(path, sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path))
+
+
+def _check_size(path: str, claimed: int, stored: int) -> None:
+    if claimed > RATIO * stored + SLACK:
+        raise BntoolsError(
+            f"{path}: claims to unpack from {stored:,} to {claimed:,} bytes, which no model does: not read"
+        )
+
+
+def _datasets(path: str, group: Any, prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
+    for name in group:
+        if isinstance(group.get(name, getlink=True), (h5py.SoftLink, h5py.ExternalLink)):
+            raise BntoolsError(f"{path}: its entry {prefix}{name} is a link, which Keras does not write: not read")
+        one = group[name]
+        if isinstance(one, h5py.Dataset):
+            yield f"{prefix}{name}", one
+        elif isinstance(one, h5py.Group) and prefix.count("/") < 100:  # hard links can form a loop
+            yield from _datasets(path, one, f"{prefix}{name}/")
+        else:
+            raise BntoolsError(f"{path}: its entry {prefix}{name} is no array or group: not read")
+
+
+def _object(path: str, what: str, text: str | bytes) -> dict[str, Any]:
+    value = loads(path, what, text)
+    if not isinstance(value, dict):
+        raise BntoolsError(f"{path}: damaged: its {what} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _notes(text: bytes) -> dict[str, int]:
+    """Our notes; anything else that someone wrote there is left alone."""
+    try:
+        groups = json.loads(text)[NOTES] if text else []
+        return {str(name): int(one["updates"]) for one in groups for name in one["layers"]}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _attribute(file: h5py.File, name: str) -> str:
+    value = file.attrs.get(name, "")
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+@contextmanager
+def _damaged(path: str, what: str) -> Iterator[None]:
+    """Everything that the readers of a damaged file raise means the same."""
+    try:
+        yield
+    except BntoolsError:
+        raise
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, KeyError) as error:
+        raise BntoolsError(f"{path}: a damaged or truncated {what} ({_line(error)})") from error
+    except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise
+        raise BntoolsError(f"{path}: a damaged or truncated {what} ({_line(error)})") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Window(io.RawIOBase):
+    """One uncompressed member of a zip archive as a file of its own."""
+
+    def __init__(self, path: str, entry: zipfile.ZipInfo):
+        self._file = open(path, "rb")  # noqa: SIM115 - closed with the window
+        self._file.seek(entry.header_offset)
+        header = self._file.read(30)  # the local header; its last two numbers are the lengths of name and extra field
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        self._start, self._size = entry.header_offset + 30 + lengths, entry.file_size
+        self._file.seek(self._start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._start + self._size - self._file.tell())
+        data = self._file.read(min(len(buffer), left))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._file.seek(self._start + base + offset)
+        return self.tell()
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
