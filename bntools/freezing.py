@@ -46,7 +46,13 @@ def freeze(model: Any, *, stats: bool = True, affine: bool = True, layers: Selec
     is computed for them and a pending one is dropped, so that no optimizer moves them. Keys of the
     state dict stay; a frozen model copies, pickles and compiles.
 
-    Raises BntoolsError where ``layers`` selects nothing.
+    A Keras model that is compiled already need not be recompiled; one that was compiled around it and has trained
+    must be, or is frozen itself. Both parts are Keras's own ``layer.trainable = False``, which a ``trainable`` set on a
+    model around the layer overrides, as everywhere in Keras; one part alone makes the layer a registered subclass that
+    saves and reloads, and stays frozen until it is unfrozen.
+
+    Raises BntoolsError where ``layers`` selects nothing, and for one part alone of a Keras layer that is of a subclass
+    of BatchNormalization; nothing is frozen then.
 
         with bntools.freeze(model):
             train(model)                      # or: handle = bntools.freeze(model) ... handle.undo()
@@ -71,8 +77,9 @@ def unfreeze(model: Any, *, layers: Selection = None) -> None:
 def assert_frozen(model: Any, *, stats: bool = True, affine: bool = True, layers: Selection = None) -> None:
     """Raise NotFrozenError, naming the layers, if any of them would still move in training.
 
-    ``eval()`` alone is not frozen: the next ``model.train()`` undoes it. ``stats=False`` or
-    ``affine=False`` leaves that part out, as in ``freeze``.
+    ``eval()`` alone is not frozen: the next ``model.train()`` undoes it; nor is a Keras layer that is called with
+    ``training=False``, which ``fit`` overrides. ``stats=False`` or ``affine=False`` leaves that part out, as in
+    ``freeze``.
     """
     backend = backends.of(model)
     _check_trains(backend)
@@ -81,7 +88,7 @@ def assert_frozen(model: Any, *, stats: bool = True, affine: bool = True, layers
     if moving:
         raise NotFrozenError(
             f"{len(moving)} of {len(chosen)} BN layers are not frozen: {', '.join(moving)}. "
-            f"bntools.freeze(model) keeps them, also after model.train()"
+            f"bntools.freeze(model) keeps them through training"
         )
 
 
