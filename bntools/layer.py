@@ -28,11 +28,11 @@ class BatchNorm:
     out of the model; None where the layer has no such thing (``affine=False``, statistics that are
     not tracked). ``var`` is the plain second moment, divided by the count. ``momentum`` is the
     framework's own number. ``updates`` counts the updates of the statistics, None if nobody counted.
-    ``initial`` is what mean and variance start with in training,
-    ``initial_share`` the share of it that is still inside, as far as momentum and updates tell, and ``forgets_after`` the number of updates that leave less than a hundredth of it.
-    ``dtype`` is how the model stores the statistics. ``stats_frozen`` holds where
-    training cannot move the statistics, also after ``model.train()``, and ``in_training`` says in words what the
-    layer does while the model trains. ``pooled`` is False for
+    ``initial`` is what mean and variance start with in training, ``initial_share`` the share of it that is still
+    inside, as far as momentum and updates tell, and ``forgets_after`` the number of updates that leave less than a
+    hundredth. ``dtype`` is how the model stores the statistics. ``stats_frozen`` holds where training cannot
+    move the statistics, also after ``model.train()``; ``in_training`` says in words what the layer does while the
+    model trains, where that is out of the ordinary. ``pooled`` is False for
     instance normalization, whose statistics are averages over instances. ``remarks`` are problems
     that only the back end can see; ``obstacle`` says why the statistics can be neither measured nor stored nor
     folded where they lie, and is empty where they can.

@@ -76,10 +76,13 @@ def _of_onnx_path(path: Path) -> ModuleType:
     )
 
 
-def fed(model: Any, batches: Any, max_samples: int | None = None) -> Any:
-    """What a user gave as batches for a model, as batches that every verb understands."""
+def fed(model: Any, batches: Any, max_samples: int | None = None, *, whole: bool = False) -> Any:
+    """What a user gave as batches for a model, as batches that every verb understands.
+
+    ``whole`` leaves each batch as it came, for a forward of the user's own.
+    """
     found = getattr(of(model), "feed", None)
-    return batches if found is None else found(model, batches, max_samples)
+    return batches if found is None else found(model, batches, max_samples, whole)
 
 
 def canonical(model: Any, example: Any) -> Any:

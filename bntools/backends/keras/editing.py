@@ -9,6 +9,7 @@ import numpy as np
 
 from bntools.backends.keras.found import write
 from bntools.backends.keras.naming import named, norms
+from bntools.backends.keras.segments import forget
 from bntools.errors import BntoolsError
 
 
@@ -17,6 +18,7 @@ def edit(model: keras.Model) -> keras.Model:
 
     Raises BntoolsError for a model whose variables do not exist yet.
     """
+    forget(model)
     layers = named(model)
     unbuilt = [name for name, layer in norms(model).items() if not layer.built]
     if unbuilt or (not model.built and not any(layer.variables for layer in layers.values())):
@@ -30,6 +32,7 @@ def edit(model: keras.Model) -> keras.Model:
 
 def commit(model: keras.Model) -> None:
     """Nothing is left to be stored."""
+    forget(model)
 
 
 def handed(new: keras.Model, like: keras.Model) -> keras.Model:

@@ -24,8 +24,8 @@ class Feed:
     It can be iterated as often as what it stands for. ``samples`` is how many there are, None if unknown.
     """
 
-    def __init__(self, model: Any, batches: Any, limited: bool):
-        self._model, self._batches, self._limited = model, batches, limited
+    def __init__(self, model: Any, batches: Any, limited: bool, whole: bool = False):
+        self._model, self._batches, self._limited, self._whole = model, batches, limited, whole
         self.samples: int | None = getattr(batches, "samples", None)
         self.repeatable = isinstance(batches, keras.utils.PyDataset) or not hasattr(batches, "__next__")
 
@@ -36,7 +36,7 @@ class Feed:
             raise BntoolsError(_endless("the data never ends"))
         found = seen = 0
         for batch in _items(self._batches, announced):
-            content = canonical(self._model, batch)
+            content = batch if self._whole else canonical(self._model, batch)
             found += 1
             if announced is None and not self._limited:
                 seen += _samples(content)
@@ -47,15 +47,15 @@ class Feed:
             raise BntoolsError(f"the data ended after {found} batches, although it has {announced} by its own account")
 
 
-def feed(model: Any, batches: Any, max_samples: int | None = None) -> Iterable[Any]:
+def feed(model: Any, batches: Any, max_samples: int | None = None, whole: bool = False) -> Iterable[Any]:
     """Batches as the verbs take them: a tf.data.Dataset, a keras.utils.PyDataset, arrays, or any iterable.
 
     An array, or a dict of them, is cut into batches of CHUNK samples. Of ``(x, y, weights)`` the model gets x; several
-    inputs become a dict by name.
+    inputs become a dict by name. With ``whole``, for a caller's own forward, a batch stays as it is.
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         batches = _chunks(canonical(model, batches))
-    return Feed(model, batches, limited=max_samples is not None)
+    return Feed(model, batches, limited=max_samples is not None, whole=whole)
 
 
 def canonical(model: Any, batch: Any) -> Any:
@@ -66,14 +66,16 @@ def canonical(model: Any, batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         batch = batch[0] if batch else None
     if isinstance(batch, (tuple, list)) and all(hasattr(part, "shape") for part in batch):
-        names = _input_names(model)
+        names = input_names(model)
         batch = dict(zip(names if len(names) == len(batch) else range(len(batch)), batch, strict=True))
     return mapped(lambda value: to_numpy(value) if _is_dense(value) else value, batch)
 
 
-def _input_names(model: Any) -> list[str]:
-    inputs = getattr(getattr(model, "_functional", model), "_inputs", None) or []
-    return [one.name for one in inputs]
+def input_names(model: Any) -> list[str]:
+    """What Keras calls the inputs of a functional or Sequential model, in its order; empty for any other."""
+    graph = getattr(model, "_functional", None) or model
+    specs = graph.input_spec if hasattr(graph, "_inputs_struct") else None
+    return [spec.name for spec in specs or []]
 
 
 def _is_dense(value: Any) -> bool:
@@ -120,8 +122,9 @@ def _items(batches: Any, announced: float | None) -> Iterator[Any]:
 
 def _samples(content: Any) -> int:
     first = next(iter(content.values()), None) if isinstance(content, Mapping) else content
-    shape = getattr(first, "shape", ())
-    return int(shape[0]) if len(shape) else 1
+    first = first[0] if isinstance(first, (tuple, list)) and first else first
+    shape: tuple[int, ...] = getattr(first, "shape", ())
+    return int(shape[0]) if shape else 1
 
 
 def _endless(what: str) -> str:

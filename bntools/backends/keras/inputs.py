@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from bntools.backends.keras.feeding import input_names
 from bntools.backends.keras.naming import named
 from bntools.inputs import Input
 
@@ -17,8 +18,9 @@ def takes(model: Any) -> list[Input]:
     """The inputs of a functional or Sequential model; none of a model that is written in Python."""
     graph = getattr(model, "_functional", None) or model
     inputs = getattr(graph, "_inputs", None) or []
+    names = input_names(model) or [one.name for one in inputs]
     first = _first_convolution(model)
-    return [_input(one, first) for one in inputs]
+    return [_input(name, one, first) for name, one in zip(names, inputs, strict=True)]
 
 
 def input_channels(model: Any) -> int | None:
@@ -33,14 +35,14 @@ def input_channels(model: Any) -> int | None:
     return next(iter(axes.values()), None)
 
 
-def _input(tensor: Any, first: Any) -> Input:
+def _input(name: str, tensor: Any, first: Any) -> Input:
     shape = tuple(tensor.shape)
     axis = None
     if len(shape) == 4:
         axis = _channel_axis(shape, first)
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     dtype = dtype if dtype in np.sctypeDict else "float32"
-    return Input(tensor.name, dtype, shape, axis, shape[axis] if axis else None)
+    return Input(name, dtype, shape, axis, shape[axis] if axis else None)
 
 
 def _channel_axis(shape: tuple[int | None, ...], first: Any) -> int | None:

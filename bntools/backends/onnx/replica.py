@@ -11,12 +11,12 @@ import numpy as np
 from bntools.backends.onnx.document import Document
 from bntools.backends.onnx.editing import write
 from bntools.backends.onnx.inference import check_inference
-from bntools.backends.onnx.kernel import moments_of
 from bntools.backends.onnx.layers import MOMENTUM, Found, attribute, found, stats_of
 from bntools.backends.onnx.running import feed
 from bntools.backends.onnx.stages import cut, graph_inputs
 from bntools.backends.onnx.staging import Runs
 from bntools.errors import BntoolsError
+from bntools.kernel import moments_of
 from bntools.layer import Stats
 from bntools.moments import Arrival, Moments
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bntools.backends.onnx import kernel
+from bntools import kernel
 from bntools.backends.onnx.buffers import AGE, Buffers
-from bntools.backends.onnx.kernel import moments_of
+from bntools.kernel import moments_of
 from bntools.moments import Moments
 
 

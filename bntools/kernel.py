@@ -15,19 +15,25 @@ from bntools.moments import Moments
 MOST_THREADS = 4  # they read memory, which few of them saturate
 RUN = 4096  # values added up in float32, in 16 lanes or more, before float64 takes over: an error of some 1e-7
 PIECE = 1 << 19  # values that stay in the cache between two looks at them
+WIDTH = 1024  # numbers in a row of channels that lie last: several pixels side by side where a pixel has fewer
+ROWS = 256  # rows added up in float32 before float64 takes over
 OFFSET = 32.0  # mean square against variance, beyond which float32 squares lose more than 1e-6 of the variance
 
 Sums = tuple[np.ndarray, np.ndarray]
 
 
-def moments_of(x: np.ndarray, per_sample: bool = False) -> tuple[Moments, Moments | None]:
-    """Moments of a layer's input of shape (N, C, ...) per channel C, and over the N samples' own means if asked for.
+def moments_of(x: np.ndarray, per_sample: bool = False, axis: int = 1) -> tuple[Moments, Moments | None]:
+    """Moments of a layer's input of shape (N, ...) per channel, and over the N samples' own means if asked for.
 
+    The channels lie on ``axis``.
     Half precision is measured in float32. Short runs of values give their sum and their sum of squares
     in float32, which are merged in float64. Where the mean is large against the spread, which would
     cancel in the squares, the values are measured again about their mean, and where the squares of
     finite values overflow, in float64.
     """
+    if x.ndim > 2 and axis % x.ndim == x.ndim - 1:
+        return _channels_last(x, per_sample)
+    x = x if axis % x.ndim == 1 else np.ascontiguousarray(np.moveaxis(x, axis, 1))
     if x.dtype not in (np.float16, np.float32) or x.ndim < 3 or not x.size:
         return Moments.of(x), _of_means(x.reshape(*x.shape[:2], -1).mean(-1, np.float64), per_sample)
     samples, channels = x.shape[:2]
@@ -45,6 +51,52 @@ def moments_of(x: np.ndarray, per_sample: bool = False) -> tuple[Moments, Moment
         off, sums = offs.sum(0), offs + about.astype(np.float64) * length
         mean, m2 = about + off / count, squares.sum(0) - off * off / count
     return Moments(count, mean, np.maximum(m2, 0)), _of_means(sums / length, per_sample)
+
+
+def _channels_last(x: np.ndarray, per_sample: bool) -> tuple[Moments, Moments | None]:
+    means = _of_means(x.reshape(len(x), -1, x.shape[-1]).mean(1, np.float64), True) if per_sample and x.size else None
+    if x.dtype not in (np.float16, np.float32) or not x.size:
+        return Moments.of(x, axis=-1), means
+    rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
+    count = len(rows)
+    sums, square = _column_sums(rows, None)
+    mean = sums / count
+    if not np.isfinite(square).all() and np.isfinite(x).all():
+        return _channels_last(x.astype(np.float64), per_sample)
+    m2 = square - mean * mean * count
+    if (square > OFFSET * m2).any() and np.isfinite(square).all():
+        about = mean.astype(np.float32)
+        offs, square = _column_sums(rows, about)
+        mean, m2 = about + offs / count, square - offs * offs / count
+    return Moments(count, mean, np.maximum(m2, 0)), means
+
+
+def _column_sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:
+    """Sum and sum of squares of each column in float64, about a number each, of shape (columns,), or about zero.
+
+    The memory of (M, C) is read as (M / K, K * C), which are K sets of rows side by side: long enough to add them up
+    fast, and few enough of them one above the other to add them up exactly.
+    """
+    count, channels = rows.shape
+    beside = max(1, min(WIDTH // channels, count))
+    head = count // beside * beside
+    wide = rows[:head].reshape(-1, beside * channels)
+    centre = None if about is None else np.tile(about, beside)
+    blocks = [slice(start, start + ROWS) for start in range(0, len(wide), ROWS)]
+
+    def measure(block: slice) -> Sums:
+        values = wide[block] if centre is None else wide[block] - centre
+        return np.einsum("ij->j", values), np.einsum("ij,ij->j", values, values)
+
+    several = len(blocks) > 1 and rows.size > PIECE and _threads() > 1
+    measured: Iterable[Sums] = _pool(os.getpid()).map(measure, blocks) if several else map(measure, blocks)
+    totals = np.zeros((2, channels))
+    for sums in measured:
+        totals += np.asarray(sums, np.float64).reshape(2, beside, channels).sum(1)
+    if head < count:
+        rest = _column_sums(rows[head:], about)
+        totals += rest
+    return totals[0], totals[1]
 
 
 def _of_means(means: np.ndarray, wanted: bool) -> Moments | None:

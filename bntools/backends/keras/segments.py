@@ -1,0 +1,169 @@
+"""The graph of a functional model in segments that begin at BN layers, compiled once they have run often enough.
+
+Run eagerly, Keras spends as long on its bookkeeping around a layer as small batches spend in it. On TensorFlow, what
+lies between two BN layers is one ``tf.function``; tracing it pays from some ten batches of one shape on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import keras
+from keras import tree
+
+from bntools.backends.keras.calls import nodes_of
+from bntools.backends.keras.naming import named
+
+TRACE_AFTER = 6  # batches of one shape
+STOCK = ("keras.", "bntools.")
+
+Values = dict[int, Any]
+
+
+class Walking(Protocol):
+    """What a segment has to know of the measurement that it is part of."""
+
+    meets: dict[int, Callable[[Any], None]]  # by the id of a BN layer: what to do with its input before it normalizes
+    compiles: bool
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """A context in which BN layers do not stop."""
+
+
+_traced: WeakKeyDictionary[Any, dict[frozenset[int], list[Segment]]] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Segment:
+    """Nodes that run one after the other; only the first may be a BN layer that is measured.
+
+    ``reads`` and ``gives`` are the values that cross its borders, ``dead`` those that nobody needs after it, by the
+    ``id`` of the symbolic tensor. ``stock`` tells whether all of it is Keras's own code, which may be traced.
+    """
+
+    nodes: list[Any]
+    stock: bool
+    reads: list[int] = field(default_factory=list)
+    gives: list[int] = field(default_factory=list)
+    dead: list[int] = field(default_factory=list)
+    seen: dict[Any, int] = field(default_factory=dict)
+    functions: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Any:
+        """The operation with which it begins."""
+        return self.nodes[0].operation
+
+
+def segments_of(graph: Any, measured: set[int]) -> list[Segment]:
+    """The segments of a functional model; ``measured`` are the BN layers to stop at, by ``id``.
+
+    They are kept, with what was traced, until ``forget``: verbs call it before they start and when they are done.
+    """
+    known, key = _traced.setdefault(graph, {}), frozenset(measured)
+    if key not in known:
+        known[key] = _cut(graph, measured)
+    return known[key]
+
+
+def forget(model: Any) -> None:
+    """Drop what was traced of a model, which somebody may change now."""
+    for one in (model, *named(model).values()):
+        _traced.pop(getattr(one, "_functional", None) or one, None)
+
+
+def run(segment: Segment, values: Values, call: Callable[[Any], Any], walk: Walking) -> bool:
+    """Stop at the segment's BN layer and compute what it gives from compiled code; False where neither was done.
+
+    ``call(operation)`` is how Keras wants an operation called here.
+    """
+    if not segment.stock or not walk.compiles or keras.backend.backend() != "tensorflow":
+        return False
+    given = [values[key] for key in segment.reads]
+    if any(getattr(x, "_keras_mask", None) is not None for x in given):
+        return False  # a mask is an attribute of its tensor, and would stay outside
+    key = tuple((tuple(x.shape), x.dtype) for x in given)
+    if key not in segment.functions:
+        segment.seen[key] = segment.seen.get(key, 0) + 1
+        if segment.seen[key] <= TRACE_AFTER:
+            return False
+        with walk.tracing():
+            segment.functions[key] = _function(segment, given, call)
+    function = segment.functions[key]
+    if function is None:
+        return False
+    if meet := walk.meets.get(id(segment.first)):
+        meet(values[id(segment.nodes[0].input_tensors[0])])
+    values.update(zip(segment.gives, function(*given), strict=True))
+    return True
+
+
+def compute(segment: Segment, values: Values, call: Callable[[Any], Any]) -> None:
+    """Run the nodes of a segment one after the other, dropping each value after its last use in it."""
+    kept = {*segment.gives, *segment.reads} - set(segment.dead)
+    last = {id(tensor): i for i, node in enumerate(segment.nodes) for tensor in node.input_tensors}
+    for i, node in enumerate(segment.nodes):
+        args, kwargs = node.arguments.fill_in(values)
+        for tensor in node.input_tensors:
+            if last[id(tensor)] == i and id(tensor) not in kept:
+                values.pop(id(tensor), None)
+        outputs = tree.flatten(call(node.operation)(*args, **kwargs))
+        del args, kwargs
+        values.update({id(tensor): value for tensor, value in zip(node.outputs, outputs, strict=True)})
+        del outputs
+
+
+def _function(segment: Segment, given: list[Any], call: Callable[[Any], Any]) -> Any:
+    """The segment as a concrete function; None where its values carry masks, which a function cannot give."""
+    import tensorflow as tf
+
+    masked = False
+
+    def body(*arrays: Any) -> list[Any]:
+        nonlocal masked
+        values = dict(zip(segment.reads, arrays, strict=True))
+        compute(segment, values, call)
+        outputs = [values[key] for key in segment.gives]
+        masked = any(getattr(x, "_keras_mask", None) is not None for x in outputs)
+        return outputs
+
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in given]
+    function = tf.function(body, autograph=False).get_concrete_function(*specs)
+    return None if masked else function
+
+
+def _cut(graph: Any, measured: set[int]) -> list[Segment]:
+    nodes = [node for node in nodes_of(graph) or [] if node.operation]
+    segments: list[Segment] = []
+    for node in nodes:
+        begins = id(node.operation) in measured
+        stock = _is_stock(node.operation, measured, begins)
+        if not segments or begins or not stock or not segments[-1].stock:
+            segments.append(Segment([], stock))
+        segments[-1].nodes.append(node)
+    needed = {id(tensor) for tensor in tree.flatten(graph._outputs_struct)}
+    for segment in reversed(segments):
+        made = [id(tensor) for node in segment.nodes for tensor in node.outputs]
+        read = dict.fromkeys(id(tensor) for node in segment.nodes for tensor in node.input_tensors)
+        segment.reads = [key for key in read if key not in made]
+        segment.gives = [key for key in made if key in needed]
+        segment.dead = [key for key in segment.reads if key not in needed]
+        needed |= set(segment.reads)
+    return segments
+
+
+def _is_stock(operation: Any, measured: set[int], begins: bool) -> bool:
+    """Whether an operation may be traced: Keras's own code throughout, and no layer inside at which to stop."""
+    inside = list(_inside(operation))
+    own = all(type(one).__module__.startswith(STOCK) for one in [operation, *inside])
+    lambdas = any(isinstance(one, keras.layers.Lambda) for one in [operation, *inside])
+    return own and not lambdas and (begins or not any(id(one) in measured for one in inside))
+
+
+def _inside(operation: Any) -> Iterator[Any]:
+    if isinstance(operation, keras.layers.Layer):
+        yield from operation._flatten_layers(include_self=False)
