@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -76,7 +77,9 @@ def copied(operation: Any, edits: Mapping[int, Config] | None = None) -> Any:
     if isinstance(operation, keras.layers.Lambda):
         return _lambda(operation)
     try:
-        config = operation.get_config()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a lambda is unsafe to load, which nothing does here
+            config = operation.get_config()
         config.update(edits.get(id(operation), {}))
         inner = getattr(operation, "layer", None)
         if isinstance(inner, keras.layers.Layer) and id(inner) in edits:
@@ -85,12 +88,17 @@ def copied(operation: Any, edits: Mapping[int, Config] | None = None) -> Any:
             if name in config and callable(getattr(operation, name, None)):
                 config[name] = getattr(operation, name)  # also one that is not registered
         with keras.saving.custom_object_scope(_classes(operation)):
-            return type(operation).from_config(config)
+            new = type(operation).from_config(config)
     except Exception as error:
         raise BntoolsError(
             f"{label(operation, operation.name)} cannot be made anew from its configuration ({said(error)}), and "
             f"folding gives a new model: give its class a get_config and a from_config that describe it"
         ) from error
+    # What Keras's automatic configuration leaves out where a constructor calls its keywords other than **kwargs.
+    new.name = operation.name
+    if getattr(operation, "dtype_policy", None) != getattr(new, "dtype_policy", None):
+        new.dtype_policy = operation.dtype_policy
+    return new
 
 
 def check_rebuildable(model: Any) -> None:

@@ -142,10 +142,7 @@ def _copy(old: Any, new: Any, edited: dict[int, Config]) -> None:
         return
     parts = [(old, new), *zip(_children(old), _children(new), strict=False)]
     if any(id(part) in edited for part, _ in parts):
-        for one, other in parts:
-            for name in STORED:
-                if isinstance(variable := getattr(one, name, None), keras.Variable):
-                    getattr(other, name).assign(variable)
+        _copy_named(parts, set())
         return
     _copy_beside(parts)
     shapes = [[tuple(v.shape) for v in layer.variables] for layer in (old, new)]
@@ -156,6 +153,16 @@ def _copy(old: Any, new: Any, edited: dict[int, Config]) -> None:
         )
     for variable, stored in zip(new.variables, old.variables, strict=True):
         variable.assign(stored)
+    _copy_named(parts, {id(variable) for variable in old.variables})  # a weight borrowed from another layer
+
+
+def _copy_named(parts: list[tuple[Any, Any]], known: set[int]) -> None:
+    """The weights of stock layers by the names of their attributes, but for those that are known already."""
+    for one, other in parts:
+        for name in STORED:
+            variable = getattr(one, name, None)
+            if isinstance(variable, keras.Variable) and id(variable) not in known:
+                getattr(other, name).assign(variable)
 
 
 def _copy_beside(parts: list[tuple[Any, Any]]) -> None:
