@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops, tree
 
-from bntools.backends.keras.feeding import canonical
+from bntools.backends.keras.feeding import canonical, input_names
 
 Forward = Callable[[Any, Any], Any]
 
@@ -20,6 +22,23 @@ def call(model: Any, batch: Any, forward: Forward | None = None) -> Any:
     The arrays of a dict go to the inputs of these names, of a model written in Python to the parameters of its
     ``call``. ``forward(model, batch)`` overrides.
     """
+    with plain_errors():
+        return _called(model, batch, forward)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What goes wrong inside a layer is raised as it is: Keras would wrap it into a list of the layer's arguments."""
+    before = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if before:
+            keras.config.enable_traceback_filtering()
+
+
+def _called(model: Any, batch: Any, forward: Forward | None) -> Any:
     if forward is not None:
         return forward(model, batch)
     inputs = canonical(model, batch)
@@ -27,7 +46,12 @@ def call(model: Any, batch: Any, forward: Forward | None = None) -> Any:
         return model(inputs, training=False)
     if all(isinstance(name, int) for name in inputs):
         return model(list(inputs.values()), training=False)
-    if not hasattr(model, "_inputs_struct") and inputs.keys() <= inspect.signature(model.call).parameters.keys():
+    names = input_names(model)
+    if names and not isinstance(model.input, Mapping) and set(names) <= inputs.keys():
+        # Keras asks for the tensors' own names as well, which differ for inputs that nobody named.
+        values = [inputs[name] for name in names]
+        return model(values[0] if len(values) == 1 else values, training=False)
+    if not names and inputs.keys() <= inspect.signature(model.call).parameters.keys():
         return model(**inputs, training=False)
     return model(dict(inputs), training=False)
 
