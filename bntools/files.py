@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from bntools import backends, imports
 from bntools.datafiles import data_file
 from bntools.errors import BntoolsError
+from bntools.swapping import atomic_folder
 
 _origins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # model -> what its back end remembers of its file
 
@@ -22,12 +23,13 @@ _origins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # model -> what its
 def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
     """The model in a file, on the CPU; :func:`save` writes it back in the form it came in.
 
-    An ``.onnx`` file gives an onnx.ModelProto, or an onnx_ir.Model where its weights lie in external files.
+    An ``.onnx`` file gives an onnx.ModelProto, or an onnx_ir.Model where its weights lie in external files; ``.keras``,
+    ``.h5`` and a SavedModel folder of Keras 2 a keras.Model.
 
     ``arch`` is for files that hold weights alone: a model, a callable without arguments that returns
     one, or the name of either, ``package.module:factory``. ``allow`` names packages whose module
-    classes and enums may be unpickled, besides those of torch.nn, torchvision and timm. Nothing in
-    the file is ever executed.
+    classes and enums may be unpickled, besides those of torch.nn, torchvision and timm, or whose Keras classes and
+    functions may be used. Nothing in the file is ever executed.
 
         model = bntools.load("resnet.safetensors", arch="torchvision.models:resnet18")
 
@@ -57,19 +59,32 @@ def working(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[s
         return backend.working(path, arch)
 
 
+def peek(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
+    """What ``inspect`` needs of a file: read without its framework where that is possible, else as ``working`` does."""
+    path = Path(path)
+    backend = _reader(path)
+    if arch is None and hasattr(backend, "peek") and path.is_file():
+        with _readable(path):
+            found = backend.peek(str(path))
+        if found is not None:
+            return found
+    return working(path, arch=arch, allow=allow)
+
+
 def _reader(path: Path) -> ModuleType:
     """The back end that reads a file; raises BntoolsError for what is no file."""
     if not path.exists():
         raise BntoolsError(f"{path}: no such file")
-    if not path.is_file():
-        raise BntoolsError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; expected a model file")
+    if not path.is_file() and not backends.is_saved_model(path):
+        found = "a folder" if path.is_dir() else "no regular file"
+        raise BntoolsError(f"{path}: is {found}; expected a model file, or a folder with {backends.SAVED_MODEL}")
     return backends.of_path(path)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
-        if not path.stat().st_size:
+        if path.is_file() and not path.stat().st_size:
             raise BntoolsError(f"{path}: the file is empty")
         yield
     except OSError as error:
@@ -82,18 +97,24 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     A checkpoint keeps its other entries, a safetensors file its metadata; weights of an ONNX model that lie in
     external files go to one such file, ``model.1a2b3c4d.data``, beside the new file. Where the suffix asks for
     another form than the model came in, or the model was not loaded from a file, the suffix decides:
-    ``.pt`` and ``.pth`` are the whole model pickled, ``.safetensors`` its state dict.
+    ``.pt`` and ``.pth`` are the whole model pickled, ``.safetensors`` its state dict, ``.keras`` and ``.h5`` a whole
+    Keras model. One from a SavedModel folder is saved as such a folder under a name without these suffixes.
 
     Raises BntoolsError where that form cannot hold the model (a state dict of a folded one, say) or
     the file cannot be written; the file is then as before.
     """
     backend = backends.of(model)
+    came = origin(model)
+    if getattr(came, "folder", False) and Path(path).suffix.lower() not in backends.SUFFIXES:
+        with atomic_folder(path) as temporary:
+            backend.save(model, str(path), temporary, came)
+        return
     if backends.of_path(Path(path)) is not backend:
         remedy = "an ONNX model is saved as .onnx" if hasattr(backend, "external_files") else "use bntools.export"
         raise BntoolsError(f"{path}: a {type(model).__name__} is not saved as {Path(path).suffix}; {remedy}")
     referred: Callable[[Path], set[str]] = getattr(backend, "external_files", lambda _: set())
     with data_file(path, referred) as data, atomic_write(path) as temporary:
-        backend.save(model, str(path), temporary, origin(model), data)
+        backend.save(model, str(path), temporary, came, data)
 
 
 def origin(model: Any) -> Any:

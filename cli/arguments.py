@@ -86,10 +86,13 @@ optional_data = click.argument("data", required=False)
 arch = click.option(
     "--arch",
     metavar="MODULE:FACTORY",
-    help="What builds the model that a state dict or checkpoint belongs to.",
+    help="What builds the model that a state dict, a checkpoint or Keras weights belong to.",
 )
 allow = click.option(
-    "--allow", multiple=True, metavar="PACKAGE", help="Admit nn.Module classes of this package in a pickled model."
+    "--allow",
+    multiple=True,
+    metavar="PACKAGE",
+    help="Admit this package's classes: nn.Modules in a pickled model, layers and functions in one of Keras.",
 )
 layers = click.option(
     "--layers", multiple=True, metavar="GLOB", help="Only these layers: a name or a glob, several times if need be."

@@ -27,7 +27,7 @@ COMMON = ("kind", "eps", "momentum", "updates", "frozen")
 @arguments.as_json
 def command(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple[str, ...], as_json: bool) -> None:
     """What the BN layers of MODEL hold, and what is wrong with them."""
-    loaded = load(model, arch, allow)
+    loaded = load(model, arch, allow, peek=True)
     import bntools
     from bntools import backends
     from bntools.layer import select

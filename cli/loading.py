@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from bntools.errors import BntoolsError
 
-from . import output, paths, progress, records
+from . import output, paths, progress, records, stderr
 from .reading import Reading, inputs_of
 
 
-def load(model: Path, arch: str | None, allow: tuple[str, ...]) -> Any:
-    """The model in this file; the framework is imported now."""
+def load(model: Path, arch: str | None, allow: tuple[str, ...], peek: bool = False) -> Any:
+    """The model in this file; the framework is imported now. ``peek`` takes what suffices for looking at it."""
     from bntools import files
 
-    with progress.step(f"loading {model}"):
-        return files.working(model, arch=arch, allow=allow)
+    read = files.peek if peek else files.working
+    logs = stderr.without_logs() if paths.is_keras(model) else nullcontext()
+    with logs, progress.step(f"loading {model}"):
+        return read(model, arch=arch, allow=allow)
 
 
 def to_inference(model: Path, loaded: Any, asked: bool, quiet: bool) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import click
 
-from bntools.backends import SUFFIXES
+from bntools.backends import SUFFIXES, is_saved_model
 from bntools.errors import BntoolsError
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # one form under four names
+# Suffixes of one form, or of forms that are written in place of each other.
+PICKLED, KERAS = (".pt", ".pth", ".bin", ".ckpt"), (".keras", ".h5", ".hdf5")
+ALIKE = {**dict.fromkeys(PICKLED, "pickled"), **dict.fromkeys(KERAS, "Keras")}
+FOLDER = "SavedModel"
+KERAS_WEIGHTS = ".weights.h5"
 
 
 def destination(model: Path, word: str, output: Path | None, in_place: bool) -> Path:
@@ -19,36 +23,39 @@ def destination(model: Path, word: str, output: Path | None, in_place: bool) -> 
     """
     if output is not None and in_place:
         raise click.UsageError("-o and --in-place exclude each other")
-    for path in filter(None, (model, output)):
-        if path.is_dir():
-            wanted = "a model file" if path is model else "the name of a file to write"
-            raise BntoolsError(f"{path} is a folder; expected {wanted}")
+    if model.is_dir() and not is_saved_model(model):
+        raise BntoolsError(f"{model} is a folder; expected a model file or a SavedModel")
+    if output is not None and output.is_dir() and not is_saved_model(output):
+        raise BntoolsError(f"{output} is a folder; expected the name of a file to write")
     if in_place:
         return model
     if output is None:
         return beside(model, word)
-    if _form(output) != _form(model):
+    if _form(output) not in ((FOLDER, "Keras") if _form(model) == FOLDER else (_form(model),)):
+        expected = "a folder, or the suffix '.keras'" if _form(model) == FOLDER else f"the suffix {model.suffix!r}"
         raise BntoolsError(
-            f"{output}: a model is written back in the form it came in: expected the suffix {model.suffix!r}, "
-            f"found {output.suffix!r}"
+            f"{output}: a model is written back in the form it came in: expected {expected}, found {output.suffix!r}"
         )
     return output
 
 
 def beside(model: Path, word: str) -> Path:
-    """``model.pt`` -> ``model.WORD.pt``."""
-    return model.with_name(f"{model.stem}.{word}{model.suffix}")
+    """``model.pt`` -> ``model.WORD.pt``, and a folder ``model`` -> ``model.WORD``."""
+    suffix = "" if _form(model) == FOLDER else model.suffix
+    if model.name.lower().endswith(KERAS_WEIGHTS):
+        suffix = model.name[-len(KERAS_WEIGHTS) :]
+    return model.with_name(f"{model.name.removesuffix(suffix)}.{word}{suffix}")
 
 
 def record_of(model: Path) -> Path:
-    """Where the record of a written model lies: under its name with the suffix ``.json``."""
-    return model.with_suffix(".json")
+    """Where the record of a written model lies: under its name with ``.json``, which a folder's name gets."""
+    return model.with_name(f"{model.name}.json") if _form(model) == FOLDER else model.with_suffix(".json")
 
 
 def refuse_existing(*paths: Path, force: bool) -> None:
     """Raise BntoolsError if a file would be overwritten without ``--force``, or cannot be created there."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not is_saved_model(path):
             raise BntoolsError(f"{path} is a folder: expected the name of a file to write")
         if not path.parent.is_dir():
             raise BntoolsError(f"{path}: there is no folder {path.parent}")
@@ -65,8 +72,8 @@ def newest_model(export: Path) -> tuple[Path, list[Path]]:
     candidates = [
         path
         for stem in (f"{export.stem}.recalibrated", export.stem)
-        for path in sorted(export.parent.glob(f"{_escaped(stem)}.*"))
-        if path.stem == stem and path.suffix.lower() in SUFFIXES and path.is_file() and not _is_export(path, export)
+        for path in [*sorted(export.parent.glob(f"{_escaped(stem)}.*")), export.with_name(stem)]
+        if _is_model(path, stem) and not _is_export(path, export)
     ]
     if not candidates:
         raise BntoolsError(
@@ -81,13 +88,28 @@ def is_onnx(path: Path) -> bool:
     return path.suffix.lower() == ".onnx"
 
 
+def is_keras(path: Path) -> bool:
+    """Whether a path is that of a Keras model."""
+    return path.suffix.lower() in KERAS or is_saved_model(path)
+
+
 def _is_export(path: Path, export: Path) -> bool:
     return is_onnx(path) and path.stem == export.stem
 
 
+def _is_model(path: Path, stem: str) -> bool:
+    """Whether a path is a model of this name: a file with a known suffix, or a SavedModel folder."""
+    if path.is_dir():
+        return path.name == stem and is_saved_model(path)
+    return path.stem == stem and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
 def _form(path: Path) -> str:
+    """What a path is, or would be; a name without a known suffix is that of a SavedModel folder."""
     suffix = path.suffix.lower()
-    return "pickled" if suffix in PICKLED else suffix
+    if is_saved_model(path) or (suffix not in SUFFIXES and not path.is_file()):
+        return FOLDER
+    return ALIKE.get(suffix, suffix)
 
 
 def _escaped(stem: str) -> str:

@@ -23,7 +23,7 @@ from bntools.errors import BntoolsError
 from . import paths
 from .output import jsonable
 
-PACKAGES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "onnx-ir", "onnxscript")
+PACKAGES = ("torch", "numpy", "pillow", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "keras", "tensorflow")
 
 
 def destinations(model: Path, target: Path | None, in_place: bool, force: bool) -> tuple[Path, Path]:
@@ -110,37 +110,55 @@ def _kept(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         for written in {path, *_data_files(path)} - backups.keys():
-            written.unlink(missing_ok=True)
+            _remove(written)
         for each, backup in backups.items():
+            if backup.is_dir():
+                _remove(each)
             os.replace(backup, each)
         raise
     finally:
         # also after putting it back: renaming one of two names of the same file removes neither
         for backup in backups.values():
-            backup.unlink(missing_ok=True)
+            _remove(backup)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _data_files(path: Path) -> set[Path]:
     """The files with external weights that were written together with a model file."""
     from bntools import backends, datafiles
 
+    if path.suffix.lower() not in backends.SUFFIXES:  # a folder holds all of its files itself
+        return set()
     referred = getattr(backends.of_path(path), "external_files", None)
     return datafiles.owned(path, referred) if referred else set()
 
 
 def _backup(path: Path) -> Path:
-    """A second name for a file, or a copy where the file system knows no second names."""
+    """A second name for a file, or each file of a folder, or a copy where the file system knows no second names."""
     try:
+        if path.is_dir():
+            folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+            return Path(shutil.copytree(path, folder, copy_function=_linked, dirs_exist_ok=True))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         os.unlink(name)
-        try:
-            os.link(path, name)
-        except OSError:
-            shutil.copy2(path, name)
+        _linked(path, name)
     except OSError as error:
         raise BntoolsError(f"{path}: cannot be replaced: {error}") from error
     return Path(name)
+
+
+def _linked(source: Any, target: Any) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _versions() -> dict[str, str]:
@@ -154,5 +172,10 @@ def _versions() -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
+    """The hash of a file; of a folder, that of the list of its files and their hashes."""
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        listed = "".join(f"{_sha256(each)}  {each.relative_to(path).as_posix()}\n" for each in files)
+        return hashlib.sha256(listed.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,7 +25,8 @@ from bntools.errors import BntoolsError
 
 # back end -> the types it serves, as (imported module, attribute)
 SERVED = {
-    "keras": [("keras", "Model")],  # first: on Keras's torch back end a keras.Model is an nn.Module as well
+    # first: on Keras's torch back end a keras.Model is an nn.Module as well
+    "keras": [("keras", "Model"), ("bntools.backends.keras.archive", "Archive")],
     "torch": [("torch.nn", "Module")],
     "onnx": [("onnx", "ModelProto"), ("onnx_ir", "Model"), ("bntools.backends.onnx.document", "Document")],
 }
@@ -41,6 +42,7 @@ SUFFIXES = {
     ".h5": "keras",
     ".hdf5": "keras",
 }
+SAVED_MODEL = "saved_model.pb"  # the file that makes a folder a SavedModel of TensorFlow
 
 
 def of(model: Any) -> ModuleType:
@@ -60,11 +62,18 @@ def of(model: Any) -> ModuleType:
 
 
 def of_path(path: str | Path) -> ModuleType:
-    """The back end that reads and writes a file, by its suffix."""
+    """The back end that reads and writes a file, by its suffix, or a SavedModel folder."""
+    if is_saved_model(path):
+        return backend("keras")
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise BntoolsError(f"{path}: unknown kind of model file {suffix!r}: expected one of {', '.join(SUFFIXES)}")
     return backend(SUFFIXES[suffix])
+
+
+def is_saved_model(path: str | Path) -> bool:
+    """Whether a path is that of a SavedModel, which is a folder."""
+    return Path(path, SAVED_MODEL).is_file()
 
 
 def _of_onnx_path(path: Path) -> ModuleType:

@@ -6,6 +6,8 @@ asked for.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -23,10 +25,11 @@ _HOME = {
     "graph": "describing",
     "handed": "editing",
     "input_channels": "inputs",
-    "layers": "found",
     "load": "files",
     "measuring": "replica",
+    "peek": "archive",
     "predict": "running",
+    "preprocessing": "applications",
     "reset": "editing",
     "runners": "tracing",
     "save": "files",
@@ -34,6 +37,17 @@ _HOME = {
     "unfreeze": "freezing",
     "write": "found",
 }
+
+# Who has not set it wants no remarks of TensorFlow's about the machine between those of bntools.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def layers(model: Any) -> Any:
+    """The records of all BN layers of a model, or of a file that was only looked into."""
+    archive = sys.modules.get(f"{__name__}.archive")
+    if archive is not None and isinstance(model, archive.Archive):
+        return list(model.records)
+    return import_module(f"{__name__}.found").layers(model)
 
 
 def __getattr__(name: str) -> Any:

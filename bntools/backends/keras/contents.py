@@ -52,7 +52,7 @@ def read(path: str) -> Contents:
         return _read_archive(path)
     with hdf5(path) as file:
         check_datasets(path, file)
-        updates = _notes(_bytes(file[NOTES][()]) if isinstance(file.get(NOTES), h5py.Dataset) else b"")
+        updates = notes(_bytes(file[NOTES][()]) if isinstance(file.get(NOTES), h5py.Dataset) else b"")
         version = _attribute(file, "keras_version")
         if "model_config" in file.attrs:
             config = _object(path, "model_config", _attribute(file, "model_config"))
@@ -149,7 +149,7 @@ def _read_archive(path: str) -> Contents:
             )
         config = _object(path, CONFIG, archive.read(CONFIG))
         metadata = _object(path, METADATA, archive.read(METADATA)) if METADATA in names else {}
-        updates = _notes(archive.comment)
+        updates = notes(archive.comment)
     if WEIGHTS in names:
         with weights(path) as file:
             check_datasets(path, file)
@@ -193,8 +193,8 @@ def _object(path: str, what: str, text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _notes(text: bytes) -> dict[str, int]:
-    """Our notes; anything else that someone wrote there is left alone."""
+def notes(text: bytes) -> dict[str, int]:
+    """The updates in bntools's note; anything else that someone wrote there is left alone."""
     try:
         groups = json.loads(text)[NOTES] if text else []
         return {str(name): int(one["updates"]) for one in groups for name in one["layers"]}

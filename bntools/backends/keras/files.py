@@ -41,6 +41,11 @@ class Origin:
     state: tuple[str, int | None] = ("", None)
     holds: Any = None
 
+    @property
+    def folder(self) -> bool:
+        """Whether the model is written back as a folder."""
+        return self.form == "saved model"
+
 
 def load(path: str, arch: Any = None, allow: Sequence[str] = ()) -> tuple[keras.Model, Origin]:
     """The model in a file or SavedModel folder, compiled if it was saved so, and its origin.
@@ -69,7 +74,7 @@ def load(path: str, arch: Any = None, allow: Sequence[str] = ()) -> tuple[keras.
             f"and save it as .h5"
         )
     custom = admitted(path, (held.config, held.training), allow)
-    with quiet(), _explained(held):
+    with quiet(), explained(path, held.version):
         model = _archived(held, custom) if held.form == "archive" else _legacy(held, custom)
     if not isinstance(model, keras.Model):
         raise BntoolsError(f"{path}: holds a {type(model).__name__}, which is no keras.Model")
@@ -228,8 +233,8 @@ def _state(model: keras.Model) -> tuple[str, int | None]:
 
 
 @contextmanager
-def _explained(held: Contents) -> Iterator[None]:
-    """Whatever Keras says of a file that it cannot load, in a line with what to do."""
+def explained(path: str, version: str) -> Iterator[None]:
+    """Whatever Keras says of a file that it cannot load, in a line with what to do. ``version`` wrote it."""
     try:
         with warnings.catch_warnings():
             # of its own code for older files
@@ -238,18 +243,17 @@ def _explained(held: Contents) -> Iterator[None]:
     except (BntoolsError, MemoryError):
         raise
     except Exception as error:
-        raise BntoolsError(
-            f"{held.path}: Keras {keras.__version__} cannot load it{_age(held)}: {said(error)}"
-        ) from error
+        here = f"Keras {keras.__version__}"
+        raise BntoolsError(f"{path}: {here} cannot load it{_age(version)}: {said(error)}") from error
 
 
-def _age(held: Contents) -> str:
-    if not held.version or _number(held.version) == _number(keras.__version__):
+def _age(version: str) -> str:
+    if not version or _number(version) == _number(keras.__version__):
         return ""
-    if _number(held.version)[0] < 3:
-        return f", written by Keras {held.version} (load it there and save it as .h5, or call model.export)"
-    newer = _number(held.version) > _number(keras.__version__)
-    return f", written by Keras {held.version}{' (pip install --upgrade keras)' if newer else ''}"
+    if _number(version)[0] < 3:
+        return f", written by Keras {version} (load it there and save it as .h5, or call model.export)"
+    newer = _number(version) > _number(keras.__version__)
+    return f", written by Keras {version}{' (pip install --upgrade keras)' if newer else ''}"
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -15,13 +15,16 @@ from keras import ops
 from bntools.backends.keras.contents import dataset
 from bntools.errors import BntoolsError
 
+INNER = {"layer", "backward_layer", "cell"}  # the keys of layers that are part of another one
+PLACES = {"Sequential": "keras", "Functional": "keras.src.models.functional", "Model": "keras.src.models.functional"}
 TOP = "top_level_model_weights"
 
 
 def modernized(config: Any) -> Any:
     """The config of a model as Keras 2 wrote it in terms that Keras 3 takes; one of Keras 3 as it is.
 
-    The axis of BN was a list; and a Sequential inside another model counted its own graph as its first call.
+    The axis of BN was a list, layers inside a wrapper came without a module, and a Sequential
+    inside another model counted its own graph as its first call.
     """
     if isinstance(config, list):
         return [modernized(each) for each in config]
@@ -30,6 +33,8 @@ def modernized(config: Any) -> Any:
     if config.get("class_name") == "__tuple__":
         return modernized(config.get("items"))
     new = {key: modernized(value) for key, value in config.items()}
+    for key in INNER & new.keys():
+        new[key] = _placed(new[key])
     axis, layers = new.get("axis"), new.get("layers")
     if "moving_mean_initializer" in new and isinstance(axis, list) and len(axis) == 1:
         new["axis"] = axis[0]
@@ -39,6 +44,15 @@ def modernized(config: Any) -> Any:
             layer["inbound_nodes"] = _recounted(layer["inbound_nodes"], nested)
         new["output_layers"] = _recounted(new["output_layers"], nested)
     return new
+
+
+def _placed(inner: Any) -> Any:
+    """The config of a layer inside a wrapper with the module that Keras 3 looks it up in."""
+    if not isinstance(inner, dict) or "class_name" not in inner or "module" in inner:
+        return inner
+    kind = inner["class_name"]
+    module = PLACES.get(kind) or ("keras.layers" if hasattr(keras.layers, kind) else None)
+    return {**inner, "module": module, "registered_name": None} if module else inner
 
 
 def _has_nodes_of_keras_2(layers: list[Any]) -> bool:
