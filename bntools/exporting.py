@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -21,6 +21,7 @@ from bntools.batches import count
 from bntools.datafiles import data_file, flush
 from bntools.errors import BntoolsError, VerificationError
 from bntools.files import atomic_write
+from bntools.graphfold import NOTE, fold_file
 from bntools.resizing import redrawn, resized, shuffled
 from bntools.runner import Outputs
 from bntools.verification import Verification, verify
@@ -53,6 +54,16 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.exporter} exporter, {'fixed' if self.other is None else 'dynamic'} batch size"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which BN layers were folded, which kept for what reason; ``later`` where only the exported file can tell."""
+
+    folded: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    later: bool = False
 
 
 Attempt = Callable[[Plan, Path], Verification]
@@ -95,22 +106,25 @@ def export(
     example = backends.canonical(model, example)
     runner = backend.runners(model)[0]
     plans, notes = _plans(runner.run, example, backend.EXPORTERS)
-    source, folded, kept, remarks = _folded(backend, model, example)
+    source, fold = _folded(backend, model, example)
+    folds: dict[Path, Fold] = {}
 
     def attempt(plan: Plan, file: Path) -> Verification:
         if backend is onnx:
             onnx.export(source, file, data.name, opset)
         else:
             raw = file.with_name("exported.onnx")
-            backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
-            onnx.tidy(raw, file, data.name, opset)
+            axes = backend.export(source, plan.example, raw, exporter=plan.exporter, other=plan.other, opset=opset)
+            onnx.tidy(raw, file, data.name, opset, axes)
+            if fold.later:
+                folds[file] = _folded_later(file, data.name, plan, backend.labels(model), fold)
         onnx.check(file)
         return verify(model, file, plan.batches, providers=providers, tolerance=tolerance)
 
     with data_file(path, onnx.external_files) as data, _workshop(path) as folder:
         file, plan, check, failures = _first_that_verifies(plans, folder, path.name, attempt)
         said = [note.replace(str(file), path.name) for note in check.notes]
-        exported = _exported(check, plan, folded, kept, [*notes, *remarks, *failures, *said])
+        exported = _exported(check, plan, folds.get(file, fold), notes, [*failures, *said])
         onnx.add_metadata(file, _record(runner.name, backend, exported))
         _publish(file, data, path)
     return exported
@@ -122,23 +136,31 @@ def _onnx_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def _exported(check: Verification, plan: Plan, folded: list[str], kept: dict[str, str], notes: list[str]) -> Exported:
+def _exported(check: Verification, plan: Plan, fold: Fold, before: list[str], after: list[str]) -> Exported:
     figures = {one.name: getattr(check, one.name) for one in fields(check) if one.name != "notes"}
+    notes = (*before, *fold.notes, *after)
     dynamic = plan.other is not None
-    return Exported(**figures, notes=tuple(notes), exporter=plan.exporter, dynamic=dynamic, folded=folded, kept=kept)
+    return Exported(**figures, notes=notes, exporter=plan.exporter, dynamic=dynamic, folded=fold.folded, kept=fold.kept)
 
 
-def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, list[str], dict[str, str], list[str]]:
-    """The model with BN folded, the layers folded and kept; as it is where folding fails, which a note says."""
+def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, Fold]:
+    """The model with BN folded; as it is where folding fails, which a note says or the file makes good."""
     from bntools.folding import fold  # here: an exporting that needs no fold works without
 
     if not backend.layers(model):
-        return model, [], {}, []
+        return model, Fold()
     try:
         result = fold(model, example)
     except BntoolsError as error:
-        return model, [], {}, [f"exported without folding: {error}"]
-    return result.model, result.folded, result.kept, []
+        later = hasattr(backend, "labels")
+        return model, Fold(notes=[f"{NOTE if later else 'exported without folding: '}{error}"], later=later)
+    return result.model, Fold(result.folded, result.kept)
+
+
+def _folded_later(file: Path, data_name: str, plan: Plan, labels: Mapping[str, str], fold: Fold) -> Fold:
+    """What becomes of the BN layers of an exported file, in place."""
+    folded, kept = fold_file(file, data_name, plan.example, labels)
+    return Fold(folded, kept, fold.notes)
 
 
 def _plans(run: Callable[[Any], Outputs], example: Any, exporters: Sequence[str]) -> tuple[list[Plan], list[str]]:

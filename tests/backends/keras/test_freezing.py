@@ -17,7 +17,7 @@ def array(variable):
 
 
 def network(optimizer="adam", eager=False, third=False):
-    """BN layers ``a`` and ``b``, or a third one, in a compiled model; ``eager`` trains without a traced step, which is quicker."""
+    """BN layers ``a`` and ``b``, or a third one, in a compiled model; ``eager`` trains without a traced step."""
     keras.utils.set_random_seed(0)
     inputs = kl.Input((4,))
     hidden = kl.BatchNormalization(name="a")(kl.Dense(3)(inputs))

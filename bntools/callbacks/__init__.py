@@ -1,0 +1,1 @@
+"""Callbacks for training loops, one module a framework: ``bntools.callbacks.keras``."""
