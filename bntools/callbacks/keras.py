@@ -50,8 +50,8 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
     Validation then measures the weights, not how far the moving averages lag behind them. ``batches`` and the
     arguments after ``at_end`` are those of ``bntools.recalibrate``; ``check`` is off, for it takes another pass.
     ``results`` holds a Recalibration for each time. Nothing is done twice for the same weights, nothing where all
-    statistics are frozen, and nothing in an ``evaluate`` outside of ``fit``. A callback that restores weights at the end
-    of training, as EarlyStopping may, belongs before this one in the list.
+    statistics are frozen, and nothing in an ``evaluate`` outside of ``fit``. A callback that restores weights at
+    the end of training, as EarlyStopping may, belongs before this one in the list.
 
     Raises BntoolsError for data that can be read only once, and in ``fit`` what ``bntools.recalibrate`` raises.
 

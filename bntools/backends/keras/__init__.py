@@ -25,6 +25,7 @@ _HOME = {
     "graph": "describing",
     "handed": "editing",
     "input_channels": "inputs",
+    "labels": "visible",
     "load": "files",
     "measuring": "replica",
     "peek": "archive",

@@ -41,7 +41,11 @@ def plain_errors() -> Iterator[None]:
 def _called(model: Any, batch: Any, forward: Forward | None) -> Any:
     if forward is not None:
         return forward(model, batch)
-    inputs = canonical(model, batch)
+    return invoke(model, canonical(model, batch))
+
+
+def invoke(model: Any, inputs: Any) -> Any:
+    """Run the model with ``training=False`` on inputs as ``canonical`` gives them, also on symbolic tensors."""
     if not isinstance(inputs, Mapping):
         return model(inputs, training=False)
     if all(isinstance(name, int) for name in inputs):
