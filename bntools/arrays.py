@@ -46,14 +46,14 @@ class Arrays:
     def details(self) -> dict[str, Any]:
         """What was read and how, for the record."""
         last = {"channel_axis": 3} if self._channels_last else {}
-        return {**last, "scaled": "0..1" if any(map(self._scaled, self._named)) else None, "files": 1}
+        return {**last, "scaled": self.reading.scaling if any(map(self._scaled, self._named)) else None, "files": 1}
 
     def description(self) -> str:
         """What was read and how, in a line."""
         drawn = f" drawn from {self.total:,}" if self.samples < self.total else ""
         what = ", ".join(
             f"{name} {array.dtype} {'x'.join(map(str, array.shape[1:])) or 'numbers'}".strip()
-            + (" scaled to 0..1" if self._scaled(name) else "")
+            + (f" {self.reading.scaled}" if self._scaled(name) else "")
             for name, array in self._named.items()
         )
         return f"{self.samples:,} sample{'s' * (self.samples != 1)}{drawn}: {what}"
@@ -101,10 +101,17 @@ def read(path: Path, reading: Reading) -> Arrays:
 
 def _check_options(path: Path, content: Any, reading: Reading) -> None:
     if isinstance(content, dict):
-        if reading.mean or reading.size:
-            raise BntoolsError(f"{path}: holds several arrays, to which mean=, std= and size= do not apply")
+        if reading.mean or reading.size or reading.preprocess:
+            raise BntoolsError(
+                f"{path}: holds several arrays, to which mean=, std=, size= and preprocess= do not apply"
+            )
         return
     shape = content.shape
+    if reading.preprocess is not None and not holds_images(content):
+        raise BntoolsError(
+            f"{path}: preprocess= is for images of 8 bits, of shape (samples, height, width, 3); found {content.dtype} "
+            f"{shape}"
+        )
     pixels = shape[1:3] if reading.channels_last else shape[2:]
     if reading.size is not None and (content.ndim != 4 or pixels != tuple(reading.size)):
         raise BntoolsError(f"{path}: size= resizes images, not arrays; the samples have shape {shape[1:]}")
@@ -115,6 +122,8 @@ def _check_options(path: Path, content: Any, reading: Reading) -> None:
             f"{path}: an array of shape {shape} has its channels last; expected (samples, {reading.channels}, height, "
             f"width): save array.transpose(0, 3, 1, 2)"
         )
+    if reading.preprocess is not None:
+        reading.check_channels(str(path), shape[axis])
     if reading.mean is not None:
         if content.ndim < 2 or not (content.dtype.kind == "f" or holds_images(content)):
             raise BntoolsError(f"{path}: mean= and std= are for images and float arrays; found {content.dtype} {shape}")

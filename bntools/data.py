@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bntools import arrays, factories
+from bntools import arrays, factories, preprocessing
 from bntools.errors import BntoolsError
 from bntools.reading import Reading
 
@@ -97,6 +97,7 @@ def open(
     seed: int = 0,
     layout: str = "NCHW",
     raw: Sequence[str] = (),
+    preprocess: str | None = None,
 ) -> Data:
     """Open a folder of images, a file of arrays, or a factory ``package.module:function`` as batches.
 
@@ -105,7 +106,8 @@ def open(
     ``size`` (height, width) in pixels, they are scaled to cover it and centre-cropped. The size is
     then the one that more than half of them have; if there is none, 224, or the median of the shorter
     sides where that is less. ``channels`` is 1 (grey) or 3 (RGB), by default what the images are.
-    ``mean`` and ``std``, one number a channel, are subtracted and divided by after scaling. Files
+    ``mean`` and ``std``, one number a channel, are subtracted and divided by after scaling; or ``preprocess`` names a
+    module of keras.applications (``mobilenet_v2``) whose preprocess_input takes the place of all three. Files
     that cannot be read are skipped and named. Decoding runs ahead of the consumer in a few threads.
 
     Arrays (``.npy``, ``.npz``, ``.pt``, ``.safetensors``; first axis: samples) are taken as they are, except
@@ -118,9 +120,12 @@ def open(
 
     Raises BntoolsError where there is nothing to read, or it cannot be read as asked.
     """
+    channels = 3 if preprocess is not None and channels is None else channels
     reading = Reading(
-        channels, _tuple(size), _tuple(mean), _tuple(std), batch_size, max_samples, seed, layout, tuple(raw)
+        channels, _tuple(size), _tuple(mean), _tuple(std), batch_size, max_samples, seed, layout, tuple(raw), preprocess
     )
+    if preprocess is not None:
+        preprocessing.find(preprocess)
     path = Path(source)
     try:
         if holds_images(path):

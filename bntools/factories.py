@@ -46,6 +46,8 @@ class Factory:
 
 def find(source: str, reading: Reading) -> Factory:
     """Import the factory. Raises BntoolsError where there is none, or for options that it cannot obey."""
-    if reading.size or reading.mean:
-        raise BntoolsError(f"data {source!r}: size, mean and std are for images and arrays; a factory does its own")
+    if reading.size or reading.mean or reading.preprocess:
+        raise BntoolsError(
+            f"data {source!r}: size, mean, std and preprocess are for images and arrays; a factory does its own"
+        )
     return Factory(source, reading, imports.named(source, "data"))

@@ -62,7 +62,7 @@ class Folder:
         return {
             "channel_axis": 3 if self.reading.channels_last else 1,
             "channel_order": "RGB" if self.channels == 3 else "grey",
-            "scaled": "0..1" if self.reading.scales() else None,
+            "scaled": self.reading.scaling if self.reading.scales() else None,
             "size": list(self.size),
             "resized": f"to cover {_shape(self.size)}, bilinear, centre-cropped" if self._resized else None,
             "sizes": len(self._sizes),
@@ -81,6 +81,8 @@ class Folder:
         if self._resized:
             first, *more = self._sizes
             text += f", resized and centre-cropped from {f'{1 + len(more):,} sizes' if more else _shape(first)}"
+        if self.reading.preprocess is not None:
+            text += f"; {self.reading.scaled}"
         if self._converted:
             text += f"; {self._converted:,} converted to {'RGB' if self.channels == 3 else 'grey'}"
         if self._count("alpha"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bntools.errors import BntoolsError
+from bntools.preprocessing import preprocessed
 
 MOST_PIXELS = 89_478_485  # what Pillow, too, takes for the most of an honest image
 LAYOUTS = ("NCHW", "NHWC")
@@ -30,6 +31,7 @@ class Reading:
     seed: int
     layout: str
     raw: tuple[str, ...] = ()
+    preprocess: str | None = None
 
     def __post_init__(self) -> None:
         problems = {
@@ -46,6 +48,10 @@ class Reading:
             ),
             "mean= and std= are for floating-point inputs, and this one takes whole numbers": "" in self.raw
             and self.mean is not None,
+            "preprocess= does its own scaling: leave mean= and std= out": self.preprocess is not None
+            and (self.mean is not None or self.std is not None),
+            "preprocess= gives floating-point numbers, and this input takes whole ones": "" in self.raw
+            and self.preprocess is not None,
             "mean= and std= belong together: give both": (self.mean is None) != (self.std is None),
             f"std={self.std}: it divides, so its numbers must be positive": self.std is not None and min(self.std) <= 0,
             f"mean= has {len(self.mean or ())} numbers and std= {len(self.std or ())}": len(self.mean or ())
@@ -64,17 +70,36 @@ class Reading:
         """Whether the 8-bit images of this name, or of a folder, are scaled to 0..1."""
         return name not in self.raw
 
+    @property
+    def scaling(self) -> str:
+        """What becomes of the values of images that are scaled, for a record."""
+        return "0..1" if self.preprocess is None else f"keras.applications.{self.preprocess}.preprocess_input"
+
+    @property
+    def scaled(self) -> str:
+        """The same for people."""
+        return "scaled to 0..1" if self.preprocess is None else f"preprocessed for {self.preprocess}"
+
     def record(self) -> dict[str, Any]:
         """The options as they go into a record, and back into ``data.open``."""
         return asdict(self)
 
     def check_channels(self, source: str, channels: int) -> None:
-        """Refuse a mean that does not have one number (or one for all) for each channel of the data."""
+        """Refuse a mean that does not have one number (or one for all) for each channel of the data, or grey images
+        for a preprocessing of colours.
+        """
+        if self.preprocess is not None and channels != 3:
+            raise BntoolsError(f"{source}: preprocess={self.preprocess!r} is for 3 channels (RGB), not {channels}")
         if self.mean is not None and len(self.mean) not in (1, channels):
             raise BntoolsError(f"{source}: mean= has {len(self.mean)} numbers, but the data has {channels} channels")
 
     def normalized(self, batch: np.ndarray) -> np.ndarray:
-        """A float batch of shape (samples, channels, ...) with the mean subtracted and divided by std."""
+        """A float batch of shape (samples, channels, ...) with the mean subtracted and divided by std.
+
+        Or, of images in 0..1, as ``preprocess`` makes them.
+        """
+        if self.preprocess is not None:
+            return preprocessed(self.preprocess, batch)
         if self.mean is None or self.std is None:
             return batch
         mean, std = (np.reshape(v, (1, -1, *[1] * (batch.ndim - 2))).astype(batch.dtype) for v in (self.mean, self.std))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -13,7 +13,7 @@ import click
 
 from bntools.errors import BntoolsError
 
-from . import output
+from . import output, stderr
 from .arguments import Sizes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -27,7 +27,7 @@ class Reading:
     """What the options say about DATA; None where the data or the model decide.
 
     ``size`` is (height, width) in pixels; ``mean`` and ``std`` have one number a channel and refer to
-    images scaled to 0..1.
+    images scaled to 0..1. ``preprocess`` is the name of a module of keras.applications.
     """
 
     batch_size: int
@@ -37,6 +37,7 @@ class Reading:
     std: Numbers | None
     max_samples: int | None
     seed: int
+    preprocess: str | None = None
 
     def open(self, source: str, model: Any = None) -> Any:
         """The data behind a folder, a file or a factory, as the model takes it.
@@ -49,7 +50,8 @@ class Reading:
         takes = inputs_of(model)
         bound = next((one for one in takes if one.batch), None)
         options = {**self._options(source, model, takes), "batch_size": bound.batch if bound else self.batch_size}
-        opened = data.open(source, **options, max_samples=self.max_samples)
+        with stderr.without_logs() if self.preprocess else nullcontext():
+            opened = data.open(source, **options, max_samples=self.max_samples)
         if bound is None or opened.samples is None:
             return opened
         if opened.samples < bound.batch:
@@ -80,6 +82,7 @@ class Reading:
             "seed": self.seed,
             "layout": "NHWC" if alone and alone.channel_axis == 3 else "NCHW",
             "raw": raw,
+            "preprocess": self.preprocess,
         }
 
 
@@ -125,6 +128,11 @@ OPTIONS = (
         help="Subtract this from images scaled to 0..1; 'imagenet' stands for its mean and std.",
     ),
     click.option("--std", type=PerChannel(IMAGENET_STD), metavar="A,B,C", help="Then divide by this."),
+    click.option(
+        "--preprocess",
+        metavar="NAME",
+        help="Or do to images what keras.applications.NAME does: mobilenet_v2, resnet50, efficientnet, ...",
+    ),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="N samples, drawn from all of DATA."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that draw."),
@@ -152,11 +160,15 @@ def reading_options(command: Callable[..., None]) -> Callable[..., None]:
         std: Numbers | None,
         max_samples: int | None,
         seed: int,
+        preprocess: str | None,
         **arguments: Any,
     ) -> None:
         square = None if size is None else (size[0], size[-1])
         mean, std = _both(mean, std)
-        command(reading=Reading(batch_size, square, channels, mean, std, max_samples, seed), **arguments)
+        if preprocess is not None and mean is not None:
+            raise click.UsageError("--preprocess does its own scaling: leave --mean and --std out")
+        reading = Reading(batch_size, square, channels, mean, std, max_samples, seed, preprocess)
+        command(reading=reading, **arguments)
 
     for option in reversed(OPTIONS):
         with_reading = option(with_reading)

@@ -82,8 +82,9 @@ def _places(entry: dict[str, Any], prefix: str, group: str, top: str, told: bool
         kind, inner = layer["class_name"], layer["config"]
         if str(layer.get("module")).startswith(("keras.ops", "keras.src.ops")):  # an operation, which is no layer
             continue
-        number = seen[kind] = seen.get(kind, -1) + 1
-        where = f"{group}layers/{_snake(kind)}{f'_{number}' if number else ''}"
+        snake = _snake(kind)
+        number = seen[snake] = seen.get(snake, -1) + 1
+        where = f"{group}layers/{snake}{f'_{number}' if number else ''}"
         name = inner["name"]
         yield from _inside(layer, f"{prefix}{name}", where, top or name, told or _called_for_inference(layer))
 
@@ -107,11 +108,9 @@ def _inside(layer: dict[str, Any], name: str, group: str, top: str, told: bool) 
 
 def _is_known(layer: dict[str, Any]) -> bool:
     """Whether a layer is Keras's own. Legacy files give no module; there the weights must come out even."""
-    module = layer.get("module", "keras.layers")
     kind = layer["class_name"]
-    if layer.get("registered_name") not in (None, kind) or ">" in kind:
-        return False
-    return module == "keras.layers" or (str(module).partition(".")[0] == "keras" and kind in MODELS)
+    own = str(layer.get("module", "keras")).partition(".")[0] == "keras"
+    return own and layer.get("registered_name") in (None, kind) and ">" not in kind
 
 
 def _holds_norm(value: Any) -> bool:
