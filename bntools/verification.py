@@ -47,7 +47,9 @@ def verify(
             asked for.
         tolerance: the largest scale-relative error that passes; None takes it from ``trial.TOLERANCE``, and
             raises it where the reference itself is measured to round more coarsely, which a note says.
-        forward: ``forward(model, batch)`` runs an nn.Module that has its own calling convention.
+        forward: ``forward(model, batch)`` runs an nn.Module or a Keras model that has its own calling convention. Of a
+            module beside a Keras model it runs the module alone, from the batch as the Keras model takes it: that is
+            where channels-last images are permuted.
 
     Integer and boolean outputs must be equal. Outputs that are missing, of another shape, NaN, or
     infinite in one model only, do not pass. Of models with more than 512 MB of weights one at a time is in
@@ -58,8 +60,8 @@ def verify(
         print(check)                    # verified on 8 samples: error 4.1e-07 (tolerance 1e-04), ...
     """
     batches = backends.fed(candidate, backends.fed(reference, batches))
-    truth = _runners(reference, ("cpu",), forward)[0]
-    trials = [Trial(runner) for runner in _runners(candidate, providers, forward)]
+    truth = _runners(reference, ("cpu",), _forward(reference, candidate, forward))[0]
+    trials = [Trial(runner) for runner in _runners(candidate, providers, _forward(candidate, reference, forward))]
     samples = _compare(truth, trials, batches)
     checks = [trial.result(truth, samples, tolerance) for trial in trials]
     worst = max(range(len(checks)), key=lambda i: (not checks[i].passed, checks[i].error))
@@ -132,6 +134,14 @@ def _pardoned(check: Verification, truth: Runner, batch: Any) -> Verification:
         f"the tolerance was raised from {check.tolerance:.0e} to {tolerance:.1e}"
     )
     return replace(check, passed=True, reason=None, tolerance=tolerance, notes=(*check.notes, note))
+
+
+def _forward(model: Any, other: Any, forward: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any] | None:
+    """How a model is called: a Keras model beside a module by its own convention, any other as the caller says."""
+    if forward is None:
+        return None
+    pair = [backends.of(one).__name__.rpartition(".")[2] for one in (model, other)]
+    return None if pair == ["keras", "torch"] else forward
 
 
 def _runners(model: Any, providers: Sequence[Any], forward: Callable[[Any, Any], Any] | None) -> list[Runner]:

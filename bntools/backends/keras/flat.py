@@ -33,14 +33,17 @@ class Flat(keras.Model):
 
     def __init__(self, model: Any, keys: list[Any] | None):
         super().__init__(name="flat", autocast=False)
-        self.model = model
+        # TensorFlow would trace what it finds here on its own account, as each model's default signature, and fails
+        # on one that takes several arguments.
+        self.inner = (lambda: model) if keras.backend.backend() == "tensorflow" else model
         self.keys = keys
         self.built = True
 
     def call(self, *tensors: Any) -> dict[str, Any]:
         """The outputs of the model by their names in the file."""
+        model = self.inner() if keras.backend.backend() == "tensorflow" else self.inner
         given = tensors[0] if self.keys is None else dict(zip(self.keys, tensors, strict=True))
-        return named_outputs(self.model, invoke(self.model, given), self.keys)
+        return named_outputs(model, invoke(model, given), self.keys)
 
 
 def specs(model: Any, example: Any, other: Any | None) -> tuple[list[Spec], list[Any] | None]:

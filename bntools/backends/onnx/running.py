@@ -135,12 +135,13 @@ def feed(inputs: Sequence[Any], batch: Any, name: str) -> Outputs:
     """What of a batch goes into each input, in the dtype that the input has.
 
     A dict goes in by name (what the model has no input for is left out, as exporters drop inputs that
-    nothing reads); anything else into the only input, nested values in order.
+    nothing reads), one by number in order; anything else into the only input, nested values in order.
     """
     if isinstance(batch, Mapping) and all(one.name in batch for one in inputs):
         return {one.name: fit(one, batch[one.name], name) for one in inputs}
     arrays = list(leaves(batch if isinstance(batch, Mapping) else first(batch)))
-    nested = not isinstance(batch, Mapping) or any(isinstance(v, (Mapping, tuple, list)) for v in batch.values())
+    unnamed = not isinstance(batch, Mapping) or all(isinstance(key, int) for key in batch)
+    nested = unnamed or any(isinstance(v, (Mapping, tuple, list)) for v in batch.values())
     if len(arrays) != len(inputs) or not (nested or len(inputs) == 1):
         given = f"names {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"holds {len(arrays)} arrays"
         raise BntoolsError(
