@@ -10,9 +10,7 @@ from keras import layers as L
 from keras import ops
 from keras_folding import batch, doubled, folds, randomized
 
-SEARCH = settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)
+SEARCH = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 CHANNELS = 4
 
 
