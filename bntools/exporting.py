@@ -58,12 +58,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fold:
-    """Which BN layers were folded, which kept for what reason; ``later`` where only the exported file can tell."""
+    """Which BN layers were folded, which kept for what reason.
+
+    ``problem`` says why none could be in the model; ``later`` holds where the exported file may do better.
+    """
 
     folded: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    problem: str = ""
     later: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the layers were folded, if not in the model."""
+        return [f"{NOTE if self.folded else 'exported without folding: '}{self.problem}"] if self.problem else []
 
 
 Attempt = Callable[[Plan, Path], Verification]
@@ -152,15 +160,14 @@ def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, Fold]:
     try:
         result = fold(model, example)
     except BntoolsError as error:
-        later = hasattr(backend, "labels")
-        return model, Fold(notes=[f"{NOTE if later else 'exported without folding: '}{error}"], later=later)
+        return model, Fold(problem=str(error), later=hasattr(backend, "labels"))
     return result.model, Fold(result.folded, result.kept)
 
 
 def _folded_later(file: Path, data_name: str, plan: Plan, labels: Mapping[str, str], fold: Fold) -> Fold:
     """What becomes of the BN layers of an exported file, in place."""
     folded, kept = fold_file(file, data_name, plan.example, labels)
-    return Fold(folded, kept, fold.notes)
+    return Fold(folded, kept, fold.problem)
 
 
 def _plans(run: Callable[[Any], Outputs], example: Any, exporters: Sequence[str]) -> tuple[list[Plan], list[str]]:
