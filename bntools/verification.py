@@ -59,9 +59,9 @@ def verify(
         check = bntools.verify(model, "model.onnx", images)
         print(check)                    # verified on 8 samples: error 4.1e-07 (tolerance 1e-04), ...
     """
-    batches = backends.fed(candidate, backends.fed(reference, batches))
     truth = _runners(reference, ("cpu",), _forward(reference, candidate, forward))[0]
     trials = [Trial(runner) for runner in _runners(candidate, providers, _forward(candidate, reference, forward))]
+    batches = backends.fed(candidate, backends.fed(reference, batches))
     samples = _compare(truth, trials, batches)
     checks = [trial.result(truth, samples, tolerance) for trial in trials]
     worst = max(range(len(checks)), key=lambda i: (not checks[i].passed, checks[i].error))
