@@ -61,9 +61,7 @@ def main() -> None:
                 result = bntools.recalibrate(model, images, check=False)
                 drifts.append(result.layers[0].drift)
                 result.undo()
-        print(
-            f"{momentum:8g}   " + "  ".join(f"{drift:5.2f}" for drift in drifts) + "   after 4, 8, 16, 31, 32 updates"
-        )
+        print(f"{momentum:8g}   " + "  ".join(f"{drift:5.2f}" for drift in drifts))
     print("0.99 is stale: it still holds its initial value. 0.1 is volatile: it follows every batch.")
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-BENCHMARKS = ("exactness", "speed", "memory", "pipeline", "folding", "startup", "onnx")
-# No file here is called onnx.py: it would be imported in place of the package.
-PARTS = {"onnx": ("onnx_statistics", "onnx_speed", "onnx_counts", "onnx_memory")}
+BENCHMARKS = ("exactness", "speed", "memory", "pipeline", "folding", "startup", "onnx", "keras")
+# No file here is called onnx.py or keras.py: it would be imported in place of the package.
+PARTS = {
+    "onnx": ("onnx_statistics", "onnx_speed", "onnx_counts", "onnx_memory"),
+    "keras": ("keras_speed", "keras_architectures"),
+}
 
 
 def main(names: list[str]) -> int:
