@@ -74,6 +74,11 @@ def _written(target: Path | None, exported: Path | None, layers: tuple[str, ...]
         raise click.UsageError(f"--export writes an .onnx file; for another format use -o {exported}")
     if exported is not None and layers:
         raise click.UsageError("--layers goes with -o: an ONNX file has all of its BN folded")
+    if paths.is_folder_form(written):
+        raise BntoolsError(
+            f"{written}: a folded model has other weights than its SavedModel, which cannot take them: write a .keras, "
+            f"or --export ONNX"
+        )
     if written.suffix == ".safetensors":
         raise BntoolsError(
             f"{written}: a folded model does not fit its --arch any more (BN is gone, biases have come), so its "

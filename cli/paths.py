@@ -93,6 +93,11 @@ def is_keras(path: Path) -> bool:
     return path.suffix.lower() in KERAS or is_saved_model(path)
 
 
+def is_folder_form(path: Path) -> bool:
+    """Whether a path is, or would be, that of a SavedModel folder: it has no suffix of a model file."""
+    return _form(path) == FOLDER
+
+
 def _is_export(path: Path, export: Path) -> bool:
     return is_onnx(path) and path.stem == export.stem
 

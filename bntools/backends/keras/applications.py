@@ -29,4 +29,5 @@ def preprocessing(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _preprocesses(value: Any) -> bool:
-    return isinstance(value, ModuleType) and hasattr(value, "preprocess_input")
+    general = value is keras.applications.imagenet_utils  # asks for a mode instead of a model
+    return isinstance(value, ModuleType) and hasattr(value, "preprocess_input") and not general

@@ -107,6 +107,8 @@ def _length(batches: Any) -> float | None:
     if hasattr(batches, "cardinality"):  # tf.data: -1 for infinite, -2 for unknown
         number = int(batches.cardinality())
         return number if number >= 0 else np.inf if number == -1 else None
+    if hasattr(batches, "samples"):  # bntools.data.Data, whose length is that number
+        return None
     with suppress(TypeError, NotImplementedError):
         return len(batches)
     return None

@@ -21,10 +21,11 @@ import keras
 from bntools.backends.keras import contents, hdf5
 from bntools.backends.keras.contents import Contents
 from bntools.backends.keras.found import remember, remembered, training_steps
-from bntools.backends.keras.naming import norms
+from bntools.backends.keras.naming import named, norms
 from bntools.backends.keras.trust import admitted
 from bntools.errors import BntoolsError
 
+UNTRAINED = "Skipping variable loading for optimizer .* the saved optimizer has [0-2] variables"
 FORMS = {".keras": "archive", ".h5": "hdf5", ".hdf5": "hdf5"}
 
 
@@ -108,7 +109,7 @@ def save(
             hdf5.rewrite(origin.path, model, temporary)
             _note(model, temporary)
         else:
-            _save_whole(model, temporary)
+            _save_whole(model, path, temporary)
 
 
 @contextmanager
@@ -139,7 +140,9 @@ def _legacy(held: Contents, custom: dict[str, Any]) -> Any:
             with h5py.File(place, "r+") as file:
                 file.attrs["model_config"] = json.dumps(modern)
         try:
-            return keras.saving.load_model(place, custom_objects=custom, safe_mode=True)
+            model = keras.saving.load_model(place, custom_objects=custom, safe_mode=True)
+            hdf5.restore_optimizer(place, model)
+            return model
         except (ValueError, TypeError):
             if held.training is None:
                 raise
@@ -209,12 +212,42 @@ def _save_weights(model: keras.Model, temporary: Path) -> None:
     _note(model, temporary)
 
 
-def _save_whole(model: keras.Model, temporary: Path) -> None:
+def _save_whole(model: keras.Model, path: str, temporary: Path) -> None:
     with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=f".{temporary.name}") as folder:
         place = Path(folder, "model.h5")
-        keras.saving.save_model(model, place)
+        with _compile_config_kept(model):
+            keras.saving.save_model(model, place)
+        _check_readable(model, place, path)
         os.replace(place, temporary)
     _note(model, temporary)
+
+
+def _check_readable(model: keras.Model, place: Path, path: str) -> None:
+    """Keras writes .h5 files that it cannot read, of models with operations (``x * 2``) or written in Python."""
+    layers = (model, *named(model).values())
+    if any(isinstance(layer, keras.layers.Lambda) for layer in layers):
+        return  # it could be bytecode, which is not run for this either
+    own = {type(layer).__name__: type(layer) for layer in layers}
+    try:
+        keras.saving.load_model(place, custom_objects=own, compile=False)
+    except Exception as error:
+        raise BntoolsError(
+            f"{path}: Keras cannot read this model back from an .h5 file ({said(error)}): save it as .keras"
+        ) from error
+
+
+@contextmanager
+def _compile_config_kept(model: keras.Model) -> Iterator[None]:
+    """Saving as .h5 takes the optimizer out of the config that the model itself remembers (Keras 3.15, model_metadata).
+
+    Saved again it would come back with another one.
+    """
+    config = getattr(getattr(model, "_compile_config", None), "config", {})
+    before = dict(config)
+    try:
+        yield
+    finally:
+        config.update(before)
 
 
 def _note(model: keras.Model, place: Path) -> None:
@@ -237,8 +270,8 @@ def explained(path: str, version: str) -> Iterator[None]:
     """Whatever Keras says of a file that it cannot load, in a line with what to do. ``version`` wrote it."""
     try:
         with warnings.catch_warnings():
-            # of its own code for older files
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            # of an optimizer that had made no step yet: counter and learning rate alone were saved
+            warnings.filterwarnings("ignore", UNTRAINED, UserWarning)
             yield
     except (BntoolsError, MemoryError):
         raise

@@ -35,6 +35,8 @@ def modernized(config: Any) -> Any:
     new = {key: modernized(value) for key, value in config.items()}
     for key in INNER & new.keys():
         new[key] = _placed(new[key])
+    if new.get("time_major") is False:  # of recurrent layers; Keras 3 has no other order
+        del new["time_major"]
     axis, layers = new.get("axis"), new.get("layers")
     if "moving_mean_initializer" in new and isinstance(axis, list) and len(axis) == 1:
         new["axis"] = axis[0]
@@ -43,6 +45,11 @@ def modernized(config: Any) -> Any:
         for layer in layers:
             layer["inbound_nodes"] = _recounted(layer["inbound_nodes"], nested)
         new["output_layers"] = _recounted(new["output_layers"], nested)
+        for key in (
+            "input_layers",
+            "output_layers",
+        ):  # one was a list of one, which Keras 3 would have called with a list
+            new[key] = new[key][0] if isinstance(new.get(key), list) and len(new[key]) == 1 else new.get(key)
     return new
 
 
@@ -79,6 +86,27 @@ def steps(path: str) -> int | None:
         if first.rpartition("/")[2].partition(":")[0] not in ("iter", "iteration", "iterations"):
             return None
         return int(dataset(group, first)[()])
+
+
+def restore_optimizer(path: str, model: keras.Model) -> None:
+    """Give the optimizer of a loaded model the state that its file holds.
+
+    Keras builds it for the variables of the outermost model alone (legacy_h5_format.py), so that it gets none.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    with h5py.File(path, "r") as file:
+        if optimizer is None or "optimizer_weights" not in file:
+            return
+        group = file["optimizer_weights"]
+        stored = [dataset(group, name)[()] for name in names(group, "weight_names")]
+    if len(stored) <= len(optimizer.variables):
+        return  # one that had made no step
+    optimizer.built = False
+    optimizer.build(model.trainable_variables)
+    variables = optimizer.variables
+    if [tuple(one.shape) for one in variables] == [np.shape(one) for one in stored]:
+        for variable, value in zip(variables, stored, strict=True):
+            variable.assign(value)
 
 
 def rewrite(source: str, model: keras.Model, target: Path) -> None:

@@ -57,13 +57,13 @@ def load(path: str, allow: Sequence[str]) -> tuple[keras.Model, list[str]]:
         )
     objects = list(_objects(path, metadata.read_bytes()))
     root = next((one for one in objects if not one.path), None)
-    if root is None or "config" not in root.metadata or root.metadata.get("class_name") is None:
+    config = hdf5.modernized({key: root.metadata.get(key) for key in ("class_name", "config")}) if root else {}
+    custom = admitted(path, (config,), allow)
+    if not config.get("config") or not ("layers" in config["config"] or config["class_name"] in custom):
         raise BntoolsError(
             f"{path}: a SavedModel whose Keras model is written in Python, without a config to rebuild it from: "
             f"save its weights where its class is, model.save_weights('model.weights.h5'), and pass arch= (--arch)"
         )
-    config = hdf5.modernized({key: root.metadata[key] for key in ("class_name", "config")})
-    custom = admitted(path, (config,), allow)
     with quiet(), explained(path, "2"):
         model = _rebuilt(config, custom)
     keys = _keys(path, model, objects)
