@@ -91,7 +91,8 @@ def test_nested_and_shared_models():
     assert (new.name, list(new.input)) == ("siamese", ["left", "right"])
     assert {layer.name for layer in new.layers} == {layer.name for layer in model.layers}
     assert isinstance(new.get_layer("deep"), keras.Sequential)
-    assert np.array_equal(new.get_layer("all").kernel, model.get_layer("all").kernel)
+    kernels = [keras.ops.convert_to_numpy(one.get_layer("all").kernel) for one in (new, model)]
+    assert np.array_equal(*kernels)
 
 
 def test_saves_and_loads_without_bntools(tmp_path):
@@ -100,12 +101,15 @@ def test_saves_and_loads_without_bntools(tmp_path):
     new = bntools.fold(siamese(), x).model
     new.save(tmp_path / "new.keras")
     np.savez(tmp_path / "x.npz", **x)
-    np.savez(tmp_path / "y.npz", **{key: np.asarray(value) for key, value in new(x, training=False).items()})
+    np.savez(
+        tmp_path / "y.npz", **{key: keras.ops.convert_to_numpy(value) for key, value in new(x, training=False).items()}
+    )
     code = (
         "import sys; sys.modules['bntools'] = None\n"
         "import keras, numpy as np\n"
         "y = keras.models.load_model('new.keras')(dict(np.load('x.npz')), training=False)\n"
-        "assert all(np.array_equal(y[key], value) for key, value in np.load('y.npz').items()), y\n"
+        "pairs = [(keras.ops.convert_to_numpy(y[key]), value) for key, value in np.load('y.npz').items()]\n"
+        "assert all(np.array_equal(*pair) for pair in pairs), pairs\n"
         "print('the same')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -291,6 +295,7 @@ def test_locked_weights_are_named():
     assert "Dense 'first' cannot take it up: its kernel is also a weight of 'second'" in kept["b"]
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strings are TensorFlow's")
 def test_other_layers_keep_their_state():
     """Layers with vocabularies, adapted statistics, seeds, Lambdas and functions of the user's survive as they are."""
     x, words = keras.Input((4,), name="x"), keras.Input((2,), dtype="string", name="words")
@@ -337,20 +342,24 @@ def test_masks_pass():
     example[:, 3:] = 0
     folded = bntools.fold(model, example)
     assert folded.folded == ["bn"]
-    assert np.abs(outputs(folded.model, example)[0] - outputs(model, example)[0]).max() < 1e-12
+    assert np.abs(outputs(folded.model, example)[0] - outputs(model, example)[0]).max() < 1e-6
 
 
 def test_mixed_precision():
     """Layers that compute in float16 fold; their weights stay in float32, and the policy stays."""
+    before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
     x = keras.Input((6,), dtype="float32")
     y = L.BatchNormalization(name="bn")(L.Dense(5, name="dense")(x))
     model = randomized(keras.Model(x, L.Dense(2, dtype="float32")(L.ReLU()(y))))
-    keras.config.set_dtype_policy("float64")
+    keras.config.set_dtype_policy(before)
     folded = bntools.fold(model, batch(4, 6, dtype="float32"))
     assert folded.folded == ["bn"]
     dense = folded.model.get_layer("dense")
-    assert (dense.dtype_policy.name, str(dense.kernel.dtype)) == ("mixed_float16", "float32")
+    assert (dense.dtype_policy.name, keras.backend.standardize_dtype(dense.kernel.dtype)) == (
+        "mixed_float16",
+        "float32",
+    )
 
 
 def test_a_weight_that_does_not_fit_is_undone():

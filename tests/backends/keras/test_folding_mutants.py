@@ -50,7 +50,7 @@ def test_mutants_are_caught(monkeypatch, module, name, mutant):
     if name == "_padding":
         monkeypatch.setitem(operators._KINDS, "ZeroPadding2D", mutant)
     folded = bntools.fold(model, x)
-    assert abs(outputs(folded.model, x)[0] - outputs(model, x)[0]).max() < 1e-9
+    assert abs(outputs(folded.model, x)[0] - outputs(model, x)[0]).max() < 1e-4
     assert [name for name in folded.kept if "undone" in folded.kept[name]]
 
 
