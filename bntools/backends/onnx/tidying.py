@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from bntools.backends.onnx.padding import guard_padding
 from bntools.errors import BntoolsError
 
 EXTERNAL_ABOVE = 1_800_000_000  # bytes of weights; a protobuf message holds at most 2 GiB in all
@@ -23,7 +24,8 @@ def tidy(source: Path, target: Path, data_name: str, opset: int | None = None, a
     ``axes`` names the dynamic axes of inputs, by input and axis, where the exporter does not; where all of them are
     one and the same, the first axes of outputs that it left nameless are that one too. Weights beyond what a protobuf
     message holds go to one file ``data_name`` beside ``target``. No operator
-    is fused or replaced: that is where exporters went wrong (pytorch#166797).
+    is fused or replaced: that is where exporters went wrong (pytorch#166797). One is added where ONNX Runtime's
+    optimizer does (``padding``).
 
     Raises BntoolsError where the model is not in the opset asked for: an exporter that cannot convert
     keeps its own and only warns.
@@ -39,6 +41,7 @@ def tidy(source: Path, target: Path, data_name: str, opset: int | None = None, a
         node.doc_string = None
     if axes:
         _name_axes(model, axes)
+    guard_padding(model)
     weights = (value.const_value for value in model.graph.initializers.values())
     size = sum(weight.nbytes for weight in weights if weight is not None)
     ir.save(model, target, external_data=data_name if size > EXTERNAL_ABOVE else None)

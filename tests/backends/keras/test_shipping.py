@@ -251,3 +251,19 @@ def test_exporting_leaves_no_trace(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     assert shapes(tmp_path / "raw.onnx")["input"] == [3, 8, 8, 3]
     assert count(tmp_path / "raw.onnx") == 4
+
+
+def test_zeros_before_max_pooling(tmp_path):
+    """ONNX Runtime fuses padding with zeros into max-pooling, which pads with minus infinity: the file keeps it off.
+
+    https://github.com/microsoft/onnxruntime/pull/18136
+    """
+    model = keras.Sequential(
+        [kl.Input((8, 8, 3)), kl.Conv2D(4, 1), kl.BatchNormalization(), kl.ZeroPadding2D(1), kl.MaxPooling2D(3, 2)]
+    )
+    model.layers[1].beta.assign([-50.0] * 4)
+    assert model(IMAGES).numpy().max() == 0
+    check = bntools.export(model, tmp_path / "model.onnx", IMAGES)
+    assert check.passed
+    assert check.error < 1e-5
+    assert count(tmp_path / "model.onnx", "Pad") == 1
