@@ -21,10 +21,10 @@ class OutputError:
 
     ``error`` is scale-relative: ``max|a - b| / max|a|`` with the reference ``a``; where the reference
     is all zero it is ``max|a - b|`` itself. ``max_error`` and ``mean_error`` are of ``|a - b|``.
-    ``agreement`` is the share of equal argmax over the class axis 1 of outputs (N, C) and (N, C, H, W)
-    with C > 1, None for others. Integer and boolean outputs (``exact``) must be equal. ``problem``
-    says in words why the output cannot pass, whatever the tolerance; None if nothing stands against it.
-    ``shape`` is that of the last batch.
+    ``agreement`` is the share of equal argmax over the class axis of outputs (N, C) and (N, C, H, W), or
+    (N, H, W, C) of a Keras model, with C > 1, None for others. Integer and boolean outputs (``exact``) must
+    be equal. ``problem`` says in words why the output cannot pass, whatever the tolerance; None if nothing stands
+    against it. ``shape`` is that of the last batch.
 
     ``histogram`` counts the values by ``|a - b| / max|a|``: first those that are equal, then those below
     the first of EDGES (1e-16, 1e-15, ... 1), those between each two of them, and those from 1 on. It is empty
@@ -53,8 +53,8 @@ class OutputError:
 class Comparison:
     """Compares one output over a stream of batches; memory does not grow with their number."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, class_axis: int = 1):
+        self.name, self._axis = name, class_axis
         self.problem: str | None = None
         self.shape: tuple[int, ...] = ()
         self.dtype = ""
@@ -124,8 +124,8 @@ class Comparison:
         return tuple(counts)
 
     def _classify(self, reference: np.ndarray, candidate: np.ndarray) -> None:
-        if _is_float(reference) and reference.ndim in (2, 4) and reference.shape[1] > 1 and reference.size:
-            equal = reference.argmax(axis=1) == candidate.argmax(axis=1)
+        if _is_float(reference) and reference.ndim in (2, 4) and reference.shape[self._axis] > 1 and reference.size:
+            equal = reference.argmax(axis=self._axis) == candidate.argmax(axis=self._axis)
             self._classified += equal.size
             self._agreeing += int(equal.sum())
 

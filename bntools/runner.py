@@ -37,7 +37,8 @@ class Runner:
     a device of PyTorch or the ONNX Runtime provider that is active. ``optimization`` is the level of
     graph optimizations, "off" or "default", None where there is no such thing. ``dtype`` is the least
     precise floating dtype among the model's weights, inputs and outputs. ``placed()`` says, after a run, how
-    many nodes each provider ran; empty where that is not known. ``notes`` should be said with any result.
+    many nodes each provider ran; empty where that is not known. ``class_axis`` is where its outputs have their
+    classes. ``notes`` should be said with any result.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Runner:
     run: Callable[[Any], Outputs]
     trace: Callable[[Any], Trace]
     placed: Callable[[], Mapping[str, int]] = dict
+    class_axis: int = 1
     notes: tuple[str, ...] = ()
 
 

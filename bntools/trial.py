@@ -72,7 +72,7 @@ class Trial:
     worst_batch: Any = None
     _worst: float = -1.0
 
-    def add(self, batch: Any, expected: Outputs) -> None:
+    def add(self, batch: Any, expected: Outputs, class_axis: int = 1) -> None:
         """Run the candidate on a batch and compare what it gives with what is expected."""
         found = self.runner.run(batch)
         self.dtypes |= {str(array.dtype) for array in (*expected.values(), *found.values())}
@@ -85,7 +85,7 @@ class Trial:
             errors = [float("inf")]
         names = found if set(found) == set(expected) else dict(zip(expected, found.values(), strict=False))
         if not self.comparisons:
-            self.comparisons = [Comparison(name) for name in expected]
+            self.comparisons = [Comparison(name, class_axis) for name in expected]
         for comparison in self.comparisons:
             if comparison.name in names and comparison.name in expected:
                 errors.append(comparison.add(expected[comparison.name], names[comparison.name]))

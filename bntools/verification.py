@@ -110,7 +110,7 @@ def _compare(truth: Runner, trials: list[Trial], batches: Any) -> int:
             raise BntoolsError(f"{truth.name} gives no arrays: there is nothing to compare")
         samples += batch.samples
         for trial in trials:
-            trial.add(batch.content, expected)
+            trial.add(batch.content, expected, truth.class_axis)
     if not samples:
         raise BntoolsError("no batches to compare the models on: the iterable was empty (used up before?)")
     return samples

@@ -199,8 +199,10 @@ def _record(held: Contents, place: Place, stored: dict[str, h5py.Dataset], steps
             scale=arrays.get("gamma"),
             shift=arrays.get("beta"),
             trainable=config.get("trainable", True),
-            trains=bool(config["scale"] or config["center"]),
-            keeps_stats=False,
+            trains=config.get("trainable", True)
+            and config.get("frozen") != "affine"
+            and bool(config["scale"] or config["center"]),
+            keeps_stats=config.get("frozen") == "stats",
             renorm=bool(config.get("renorm")),
             built=True,
             steps=steps if noted is None else noted,

@@ -17,7 +17,7 @@ class Facts:
     """A BN layer in Keras's terms.
 
     The arrays are float64 of shape (channels,), None where the layer has no such variable. ``trains`` says of scale
-    and shift whether they are trainable variables. ``keeps_stats`` holds for a layer of bntools's own that keeps its
+    and shift whether an optimizer gets to see them. ``keeps_stats`` holds for a layer of bntools's own that keeps its
     statistics. ``steps`` is the number of updates that a trainable layer has had, ``frozen_steps`` one that is not;
     None where nothing counts them. ``told`` holds where the model calls the layer with ``training=False``.
     """
@@ -74,7 +74,7 @@ def record(layer: Facts) -> BatchNorm:
         shift=layer.shift,
         updates=updates,
         stats_frozen=frozen,
-        affine_frozen=not (layer.trainable and layer.trains),
+        affine_frozen=not layer.trains,
         initial_share=momentum**updates if updates is not None and (updates or momentum < 1) else None,
         initial=layer.initial,
         forgets_after=math.ceil(math.log(SMALL_SHARE) / math.log(momentum)) if 0 < momentum < 1 else 0,

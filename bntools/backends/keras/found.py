@@ -37,7 +37,7 @@ def layers(model: Any) -> list[BatchNorm]:
     """The records of all BN layers, in definition order."""
     told = called_for_inference(model)
     steps = training_steps(model)
-    return [_record(name, layer, steps, id(layer) in told) for name, layer in norms(model).items()]
+    return [_record(name, layer, steps, id(layer) in told, model.trainable) for name, layer in norms(model).items()]
 
 
 def write(model: Any, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> None:
@@ -85,7 +85,7 @@ def _values(variable: Any) -> np.ndarray:
     return np.array(ops.convert_to_numpy(variable), dtype=np.float64)
 
 
-def _record(name: str, layer: Any, steps: int | None, told: bool) -> BatchNorm:
+def _record(name: str, layer: Any, steps: int | None, told: bool, trains: bool) -> BatchNorm:
     mean = array(layer.moving_mean)
     affine = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
     return record(
@@ -100,7 +100,7 @@ def _record(name: str, layer: Any, steps: int | None, told: bool) -> BatchNorm:
             scale=array(layer.gamma),
             shift=array(layer.beta),
             trainable=layer.trainable,
-            trains=any(variable.trainable for variable in affine),
+            trains=trains and any(variable.trainable for variable in affine),  # whatever layer.trainable says
             keeps_stats=_keeps(layer, "stats"),
             renorm=layer.renorm,
             built=layer.built,

@@ -12,6 +12,8 @@ import numpy as np
 from keras import ops, tree
 
 from bntools.backends.keras.feeding import canonical, input_names
+from bntools.backends.keras.inputs import takes
+from bntools.errors import BntoolsError
 
 Forward = Callable[[Any, Any], Any]
 
@@ -41,13 +43,28 @@ def plain_errors() -> Iterator[None]:
 def _called(model: Any, batch: Any, forward: Forward | None) -> Any:
     if forward is not None:
         return forward(model, batch)
-    return invoke(model, canonical(model, batch))
+    inputs = canonical(model, batch)
+    _check_shapes(model, inputs)
+    return invoke(model, inputs)
+
+
+def _check_shapes(model: Any, inputs: Any) -> None:
+    """Raise BntoolsError for sizes other than the model declares: layer by layer, Keras lets many of them pass."""
+    declared = takes(model)
+    given = inputs if isinstance(inputs, Mapping) else {one.name: inputs for one in declared[:1]}
+    for one in declared:
+        shape = tuple(getattr(given.get(one.name), "shape", ()))
+        if one.shape is None or len(shape) != len(one.shape):
+            continue
+        if any(size not in (None, there) for size, there in zip(one.shape[1:], shape[1:], strict=True)):
+            raise BntoolsError(f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}")
 
 
 def invoke(model: Any, inputs: Any) -> Any:
     """Run the model with ``training=False`` on inputs as ``canonical`` gives them, also on symbolic tensors."""
     if not isinstance(inputs, Mapping):
-        return model(inputs, training=False)
+        alone = isinstance(getattr(model, "_inputs_struct", None), (list, tuple))  # Model([x], y)
+        return model([inputs] if alone else inputs, training=False)
     if all(isinstance(name, int) for name in inputs):
         return model(list(inputs.values()), training=False)
     names = input_names(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,9 +90,7 @@ def eagerly() -> Iterator[None]:
     """Functions compiled by ``tf.function`` run as the Python they were made from; no gradients are recorded."""
     backend = keras.backend.backend()
     if backend == "torch":
-        import torch
-
-        with torch.no_grad():
+        with sys.modules["torch"].no_grad():  # which Keras has imported; this back end does not
             yield
         return
     if backend != "tensorflow":

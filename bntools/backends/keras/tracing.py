@@ -40,6 +40,7 @@ def runners(model: keras.Model, providers: Sequence[str] = ("cpu",), forward: Fo
             dtype=least_precise({keras.backend.standardize_dtype(dtype) for dtype in dtypes}),
             run=partial(_run, model, forward),
             trace=partial(trace, model, forward),
+            class_axis=-1,
         )
     ]
 
