@@ -21,7 +21,7 @@ from bntools.backends.keras.lean import freeing, steps_together
 from bntools.backends.keras.naming import norms
 from bntools.backends.keras.normalizing import masked_moments, normalized
 from bntools.backends.keras.running import Forward, call
-from bntools.backends.keras.state import Attributes, attributes_set, eagerly, variables_kept
+from bntools.backends.keras.state import Attributes, attributes_set, eagerly, losses_kept, variables_kept
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Arrival
@@ -51,6 +51,7 @@ def measuring(
     try:
         stack.enter_context(eagerly())
         stack.enter_context(variables_kept(model, measured))
+        stack.enter_context(losses_kept(model))
         walk = Walk(model, forward, per_sample)
         meets = {name: partial(walk.meet, name, layer.axis) for name, layer in targets.items()}
         walk.meets = {id(layer): meets[name] for name, layer in targets.items()}

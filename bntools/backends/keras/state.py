@@ -119,6 +119,20 @@ def variables_kept(model: Any, measured: set[int]) -> Iterator[None]:
 
 
 @contextmanager
+def losses_kept(model: Any) -> Iterator[None]:
+    """Put back what layers have to add to the loss: ``fit`` would add what replicas leave there to its own."""
+    layers = [model, *named(model).values()]
+    before = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, losses, ids in before:
+            layer._losses[:] = losses
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
+
+
+@contextmanager
 def attributes_set(values: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Instance attributes for a while, written past Keras's own ``__setattr__``; afterwards as they were."""
     absent = object()

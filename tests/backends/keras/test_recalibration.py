@@ -250,3 +250,15 @@ def test_prior_tolerance_and_virtual_batches():
     measured = model.get_layer("bn1").moving_mean.numpy()
     bntools.recalibrate(model, nets.cut(nets.images(512, seed=1) + 9, 16), check=False)
     np.testing.assert_allclose(measured, (before + model.get_layer("bn1").moving_mean.numpy()) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("after", [0, 10**9])
+def test_losses_of_layers_do_not_pile_up(after, monkeypatch):
+    """What activity regularizers add while replicas run, compiled or not, never reaches the loss of fit."""
+    monkeypatch.setattr("bntools.backends.keras.segments.TRACE_AFTER", after)
+    inputs = L.Input((4,))
+    model = keras.Model(inputs, L.BatchNormalization()(L.Dense(3, activity_regularizer="l2")(inputs)))
+    bntools.recalibrate(model, nets.cut(np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32), 8))
+    assert not model.losses
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
