@@ -13,7 +13,6 @@ from keras import ops, tree
 
 from bntools.backends.keras.feeding import canonical, input_names
 from bntools.backends.keras.inputs import takes
-from bntools.errors import BntoolsError
 
 Forward = Callable[[Any, Any], Any]
 
@@ -49,7 +48,7 @@ def _called(model: Any, batch: Any, forward: Forward | None) -> Any:
 
 
 def _check_shapes(model: Any, inputs: Any) -> None:
-    """Raise BntoolsError for sizes other than the model declares: layer by layer, Keras lets many of them pass."""
+    """Raise ValueError for sizes other than the model declares: layer by layer, Keras lets many of them pass."""
     declared = takes(model)
     given = inputs if isinstance(inputs, Mapping) else {one.name: inputs for one in declared[:1]}
     for one in declared:
@@ -57,7 +56,7 @@ def _check_shapes(model: Any, inputs: Any) -> None:
         if one.shape is None or len(shape) != len(one.shape):
             continue
         if any(size not in (None, there) for size, there in zip(one.shape[1:], shape[1:], strict=True)):
-            raise BntoolsError(f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}")
+            raise ValueError(f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}")
 
 
 def invoke(model: Any, inputs: Any) -> Any:

@@ -141,5 +141,8 @@ def test_inputs_of_a_model_written_in_python():
 def test_shape_that_does_not_fit():
     """Data of another shape than the model's is one line that names the batch."""
     model = nets.residual_net()
-    with pytest.raises(BntoolsError, match=r"the model failed on batch 0: ValueError: Input 0 .*found shape="):
+    with pytest.raises(
+        BntoolsError,
+        match=r"the model failed on batch 0: ValueError: the model .* takes at its input .*and the batch has shape",
+    ):
         bntools.recalibrate(model, [nets.images(channels=4)])
