@@ -122,6 +122,7 @@ def _record(layer: BatchNorm) -> dict[str, Any]:
         "dtype": layer.dtype,
         "stats_frozen": layer.stats_frozen,
         "affine_frozen": layer.affine_frozen,
+        "training": layer.training,
         "ranges": {
             key: None if a is None or not a.size else {"min": a.min(), "max": a.max()} for key, a in arrays.items()
         },

@@ -66,6 +66,7 @@ def test_json_is_all_there_is(run, desk):
     first = found["layers"][0]
     assert first["features"] == 32
     assert first["momentum"] == 0.1
+    assert first["training"] == "normalizes with each batch's statistics and moves the stored ones"
     assert first["ranges"]["mean"] == {"min": None, "max": None}
     assert any("NaN" in problem for problem in first["problems"])
 

@@ -204,6 +204,7 @@ def _record(held: Contents, place: Place, stored: dict[str, h5py.Dataset], steps
             and bool(config["scale"] or config["center"]),
             keeps_stats=config.get("frozen") == "stats",
             renorm=bool(config.get("renorm")),
+            synchronized=bool(config.get("synchronized")),
             built=True,
             steps=steps if noted is None else noted,
             frozen_steps=noted,

@@ -35,6 +35,7 @@ class Facts:
     trains: bool
     keeps_stats: bool
     renorm: bool
+    synchronized: bool
     built: bool
     steps: int | None
     frozen_steps: int | None
@@ -93,9 +94,11 @@ def initial(kind: str, config: Mapping[str, Any], usual: float) -> float:
 
 
 def _in_training(layer: Facts, frozen: bool) -> str:
-    if layer.renorm and not frozen:
-        return "normalizes with corrected batch statistics (renorm) and moves the stored ones"
-    return ""
+    if frozen or not (layer.renorm or layer.synchronized):
+        return ""
+    what = "corrected batch statistics (renorm)" if layer.renorm else "each batch's statistics"
+    over = " over all devices of a strategy (synchronized)" if layer.synchronized else ""
+    return f"normalizes with {what}{over} and moves the stored ones"
 
 
 def _remarks(layer: Facts, told: bool) -> Iterator[str]:

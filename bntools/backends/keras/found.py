@@ -103,6 +103,7 @@ def _record(name: str, layer: Any, steps: int | None, told: bool, trains: bool) 
             trains=trains and any(variable.trainable for variable in affine),  # whatever layer.trainable says
             keeps_stats=_keeps(layer, "stats"),
             renorm=layer.renorm,
+            synchronized=layer.synchronized,
             built=layer.built,
             steps=updates_of(_written.get(layer), steps),
             frozen_steps=updates_of(_written.get(layer), None),

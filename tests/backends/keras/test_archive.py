@@ -17,6 +17,7 @@ from bntools.backends.keras.found import write
 from bntools.layer import BatchNorm
 
 BN = keras.layers.BatchNormalization
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"  # elsewhere Keras refuses synchronized=True
 
 
 def nested() -> keras.Model:
@@ -36,7 +37,7 @@ def wrapped() -> keras.Model:
     x = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))(x)
     x = keras.layers.TimeDistributed(BN(name="each", scale=False, center=False), name="rows")(x)
     x = BN(center=False, moving_mean_initializer=keras.initializers.Constant(0.5))(x)
-    return keras.Model(inputs, BN(renorm=True, momentum=1.0)(BN(scale=False)(x)))
+    return keras.Model(inputs, BN(renorm=True, momentum=1.0)(BN(scale=False, synchronized=ON_TENSORFLOW)(x)))
 
 
 def sequential() -> keras.Model:

@@ -120,6 +120,15 @@ def test_what_layers_do_in_training():
     assert (a.stats_frozen, a.affine_frozen, b.stats_frozen, b.affine_frozen) == (True, True, False, False)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras refuses the option elsewhere")
+def test_synchronized_layers_are_told():
+    """A layer that takes its batch statistics over all devices says so, until it is frozen."""
+    model = keras.Sequential([L.Input((3,)), L.BatchNormalization(synchronized=True)])
+    assert "each batch's statistics over all devices of a strategy (synchronized)" in bntools.inspect(model)[0].training
+    model.layers[0].trainable = False
+    assert "synchronized" not in bntools.inspect(model)[0].training
+
+
 @pytest.mark.parametrize(("momentum", "said"), [(1.0, "never moves"), (0.0, "the last batch alone")])
 def test_momentum_at_its_ends(momentum, said):
     """Keras's momentum is the weight of the old value: 1 never moves, 0 forgets everything."""
