@@ -16,20 +16,28 @@ from bntools.backends.onnx.buffers import AGE, Buffers
 from bntools.kernel import moments_of
 from bntools.moments import Moments
 
+AXES = pytest.mark.parametrize("axis", [1, -1])
 
-@settings(max_examples=60, deadline=None)
+
+def laid(x: np.ndarray, axis: int) -> np.ndarray:
+    """An array of shape (N, C, ...) with its channels on ``axis``."""
+    return np.ascontiguousarray(np.moveaxis(x, 1, axis))
+
+
+@settings(max_examples=80, deadline=None)
 @given(
+    axis=st.sampled_from([1, 2, -1]),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
     offset=st.sampled_from([0.0, 1.0, -30.0, 1e4]),
     spread=st.sampled_from([1e-2, 1.0, 50.0]),
     dtype=st.sampled_from([np.float16, np.float32, np.float64]),
 )
-def test_against_float64(shape, offset, spread, dtype):
-    """Mean and variance of every channel, also at a mean of a million standard deviations."""
+def test_against_float64(axis, shape, offset, spread, dtype):
+    """Mean and variance of every channel, on whatever axis, also at a mean of a million standard deviations."""
     if dtype is np.float16:
         offset = min(offset, 100.0)
     x = (np.random.default_rng(0).standard_normal(shape) * spread + offset).astype(dtype)
-    expected, (found, samples) = Moments.of(x), moments_of(x, per_sample=True)
+    expected, (found, samples) = Moments.of(x), moments_of(laid(x, axis), per_sample=True, axis=axis)
     std = np.sqrt(expected.var) + 1e-6 * (abs(offset) + spread)
     assert found.count == expected.count
     assert (np.abs(found.mean - expected.mean) / std).max() < 1e-5
@@ -38,39 +46,43 @@ def test_against_float64(shape, offset, spread, dtype):
     np.testing.assert_allclose(samples.mean, means.mean, atol=1e-5 * float(std.max()))
 
 
+@AXES
 @pytest.mark.parametrize("offset", [0, 1000])
-def test_long_rows_and_several_threads(offset):
+def test_long_rows_and_several_threads(offset, axis):
     """Rows longer than a run, over several threads: float32 alone would be off by 1e-4 and more."""
     x = (np.random.default_rng(0).standard_normal((3, 4, 700, 300)) + offset).astype(np.float32)
-    found, _ = moments_of(x)
+    found, _ = moments_of(laid(x, axis), axis=axis)
     np.testing.assert_allclose(found.var, Moments.of(x).var, rtol=3e-6)
     naive = np.square(x).mean(axis=(0, 2, 3)) - np.square(x.mean(axis=(0, 2, 3)))
     assert offset == 0 or np.abs(naive / Moments.of(x).var - 1).max() > 1e-3
 
 
-def test_a_mean_far_off_is_measured_again(monkeypatch):
+@AXES
+def test_a_mean_far_off_is_measured_again(axis, monkeypatch):
     """Without the second look, squares cancel: the mutant is told from the kernel."""
     x = (np.random.default_rng(0).standard_normal((4, 3, 32, 32)) + 3000).astype(np.float32)
     expected = Moments.of(x).var
-    np.testing.assert_allclose(moments_of(x)[0].var, expected, rtol=1e-5)
+    np.testing.assert_allclose(moments_of(laid(x, axis), axis=axis)[0].var, expected, rtol=1e-5)
     monkeypatch.setattr(kernel, "OFFSET", np.nan)
-    assert np.abs(moments_of(x)[0].var / expected - 1).max() > 1e-2
+    assert np.abs(moments_of(laid(x, axis), axis=axis)[0].var / expected - 1).max() > 1e-2
 
 
-def test_not_finite_stays_not_finite():
+@AXES
+def test_not_finite_stays_not_finite(axis):
     """NaN and Inf come through, so that they can be refused; one channel does not spoil another."""
     x = np.ones((2, 3, 4, 4), np.float32)
     x[0, 0, 0, 0], x[1, 1, 0, 0] = np.nan, np.inf
     with np.errstate(invalid="ignore"):
-        found, _ = moments_of(x)
+        found, _ = moments_of(laid(x, axis), axis=axis)
     assert not np.isfinite(found.mean[:2] + found.m2[:2]).any()
     assert (found.mean[2], found.m2[2]) == (1, 0)
 
 
-def test_large_finite_values():
+@AXES
+def test_large_finite_values(axis):
     """Where squares overflow float32, the values are still finite, and so is what is measured of them."""
     x = (np.random.default_rng(0).standard_normal((2, 3, 8, 8)) * 1e25).astype(np.float32)
-    found, samples = moments_of(x, per_sample=True)
+    found, samples = moments_of(laid(x, axis), per_sample=True, axis=axis)
     np.testing.assert_allclose(found.var, Moments.of(x).var, rtol=1e-6)
     assert np.isfinite(samples.mean).all()
 

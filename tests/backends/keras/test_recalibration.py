@@ -10,6 +10,7 @@ from keras import layers as L
 
 import bntools
 from bntools import BntoolsError
+from bntools.backends.keras import segments
 
 MODELS = [nets.residual_net, nets.nested_net, nets.written]
 
@@ -40,7 +41,6 @@ def test_against_numpy():
 
 def test_compiled_segments_agree_with_eager_ones(monkeypatch):
     """What runs compiled after some batches of one shape gives what eager code gives, to rounding."""
-    segments = pytest.importorskip("bntools.backends.keras.segments")
     model, data = nets.residual_net(), nets.cut(nets.images(), 4)
     monkeypatch.setattr(segments, "TRACE_AFTER", 10**9)
     bntools.recalibrate(model, data, check=False)
@@ -62,7 +62,7 @@ def test_other_methods(make, method):
 
 
 def test_ema_is_what_fit_does():
-    """The moving average of method="ema" is bit by bit that of layers called with training=True."""
+    """The moving average of method="ema" is, to rounding, that of layers called with training=True."""
     model, twin = nets.residual_net(), nets.residual_net()
     twin.set_weights(model.get_weights())
     data = nets.cut(nets.images(), 16)
@@ -145,8 +145,10 @@ def test_renorm_variables_agree():
     np.testing.assert_allclose(out.std(0), 1, rtol=1e-3)  # r and d make no difference now
 
 
-def test_masked_positions_do_not_count():
-    """Moments are those of the positions that a Masking layer leaves, in sequences of different lengths."""
+@pytest.mark.parametrize("after", [0, 10**9])
+def test_masked_positions_do_not_count(after, monkeypatch):
+    """Moments are those of the positions that a Masking layer leaves, also where what has no mask runs compiled."""
+    monkeypatch.setattr(segments, "TRACE_AFTER", after)
     rng = np.random.default_rng(0)
     data, lengths = rng.standard_normal((30, 6, 3)).astype(np.float32) + 1, rng.integers(1, 7, 30)
     for sample, length in zip(data, lengths, strict=True):
@@ -255,7 +257,7 @@ def test_prior_tolerance_and_virtual_batches():
 @pytest.mark.parametrize("after", [0, 10**9])
 def test_losses_of_layers_do_not_pile_up(after, monkeypatch):
     """What activity regularizers add while replicas run, compiled or not, never reaches the loss of fit."""
-    monkeypatch.setattr("bntools.backends.keras.segments.TRACE_AFTER", after)
+    monkeypatch.setattr(segments, "TRACE_AFTER", after)
     inputs = L.Input((4,))
     model = keras.Model(inputs, L.BatchNormalization()(L.Dense(3, activity_regularizer="l2")(inputs)))
     bntools.recalibrate(model, nets.cut(np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32), 8))
