@@ -1,4 +1,4 @@
-"""The Keras back end: keras.Model of Keras 3, on TensorFlow and, where they need nothing special, torch and JAX.
+"""The Keras back end: keras.Model of Keras 3, on TensorFlow and on Keras's torch back end.
 
 Looking at a ``.keras`` archive needs no framework: what imports Keras is imported from its home when it is
 asked for.

@@ -6,11 +6,23 @@ from typing import Any
 
 import keras
 
+from bntools.backends.keras.naming import inside
+
+
+def functional(model: Any) -> Any:
+    """The functional model by which a Sequential computes, which Keras keeps to itself; any other model as it is."""
+    return getattr(model, "_functional", None) or model
+
+
+def symbolic_inputs(model: Any) -> list[Any]:
+    """The symbolic inputs of a functional or Sequential model; none of any other, which may call what it likes so."""
+    graph = functional(model)
+    return list(graph.inputs) if hasattr(graph, "_nodes_by_depth") else []
+
 
 def nodes_of(model: Any) -> list[Any] | None:
     """The nodes of a functional or Sequential model in execution order; None for any other."""
-    graph = getattr(model, "_functional", None) or model
-    depths = getattr(graph, "_nodes_by_depth", None)
+    depths = getattr(functional(model), "_nodes_by_depth", None)
     if depths is None:
         return None
     return [node for depth in sorted(depths, reverse=True) for node in depths[depth] if not node.is_input]
@@ -27,15 +39,15 @@ def called_for_inference(model: Any) -> set[int]:
     return found
 
 
-def _collect(layer: Any, inside: bool, found: set[int]) -> None:
+def _collect(layer: Any, told: bool, found: set[int]) -> None:
     if isinstance(layer, keras.layers.BatchNormalization):
-        found |= {id(layer)} if inside else set()
+        found |= {id(layer)} if told else set()
         return
     nodes = nodes_of(layer)
     if nodes is None:
-        for child in layer._flatten_layers(include_self=False, recursive=False):
-            _collect(child, inside, found)
+        for child in inside(layer, recursive=False):
+            _collect(child, told, found)
         return
     for node in nodes:
         if isinstance(node.operation, keras.layers.Layer):
-            _collect(node.operation, inside or node.arguments.kwargs.get("training") is False, found)
+            _collect(node.operation, told or node.arguments.kwargs.get("training") is False, found)

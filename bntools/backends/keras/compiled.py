@@ -1,6 +1,6 @@
 """Models that are compiled already: what training then does follows the flags of their layers.
 
-This is the one place for what Keras has no public function for.
+Keras has no public function by which an optimizer that was built gets to know more variables: this reaches inside it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from keras import tree
 from bntools.backends.keras.functions import ORDERED, function_kind, function_parts, pieces
 from bntools.backends.keras.linear import WEIGHTS, linear_parts
 from bntools.backends.keras.meaning import Called, Part
-from bntools.backends.keras.naming import named, norms
+from bntools.backends.keras.naming import inside, named, norms
 from bntools.backends.keras.operators import MERGES, layer_parts
 from bntools.backends.keras.rebuilding import check_rebuildable
 from bntools.backends.keras.structure import graph_of, label, stock
@@ -149,7 +149,7 @@ class _Description:
         if id(operation) in self.norms:
             reason = f"its class {type(operation).__name__} has code of its own, or its input is not an array of floats"
             self.fixed[self.norms[id(operation)]] = reason
-        for layer in _inside(operation):
+        for layer in inside(operation) if isinstance(operation, keras.layers.Layer) else ():
             if id(layer) in self.norms:
                 self.fixed[self.norms[id(layer)]] = f"it is inside {name}, whose own code calls it"
 
@@ -202,9 +202,3 @@ def _arguments(operation: Any, node: Any) -> dict[str, Any] | None:
 
 def _one_further(op: Any) -> Any:
     return replace(op, x_axis=op.x_axis + 1, y_axis=op.y_axis + 1) if isinstance(op, Linear) else op
-
-
-def _inside(operation: Any) -> Iterable[Any]:
-    if not isinstance(operation, keras.layers.Layer):
-        return []
-    return operation._flatten_layers(include_self=False, recursive=True)

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from bntools.backends.keras.calls import functional
 from bntools.errors import BntoolsError
 from bntools.resizing import mapped, to_numpy
 
@@ -73,7 +74,7 @@ def canonical(model: Any, batch: Any) -> Any:
 
 def input_names(model: Any) -> list[str]:
     """What Keras calls the inputs of a functional or Sequential model, in its order; empty for any other."""
-    graph = getattr(model, "_functional", None) or model
+    graph = functional(model)
     specs = graph.input_spec if hasattr(graph, "_inputs_struct") else None
     return [spec.name for spec in specs or []]
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from bntools.backends.keras.calls import symbolic_inputs
 from bntools.backends.keras.feeding import canonical
 from bntools.backends.keras.running import invoke, output_names
 from bntools.errors import BntoolsError
@@ -85,7 +86,7 @@ def _places(paths: list[tuple[Any, ...]]) -> list[str]:
 
 
 def _only_input(model: Any) -> str:
-    inputs = getattr(getattr(model, "_functional", None) or model, "_inputs", None) or []
+    inputs = symbolic_inputs(model)
     return inputs[0].name if len(inputs) == 1 else "input"
 
 

@@ -45,10 +45,7 @@ def modernized(config: Any) -> Any:
         for layer in layers:
             layer["inbound_nodes"] = _recounted(layer["inbound_nodes"], nested)
         new["output_layers"] = _recounted(new["output_layers"], nested)
-        for key in (
-            "input_layers",
-            "output_layers",
-        ):  # one was a list of one, which Keras 3 would have called with a list
+        for key in ("input_layers", "output_layers"):  # a list of one, and Keras 3 would ask for a list to be called
             new[key] = new[key][0] if isinstance(new.get(key), list) and len(new[key]) == 1 else new.get(key)
     return new
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from bntools.backends.keras.calls import symbolic_inputs
 from bntools.backends.keras.feeding import input_names
 from bntools.backends.keras.naming import named
 from bntools.inputs import Input
@@ -16,8 +17,7 @@ IMAGE_CHANNELS = (1, 3, 4)
 
 def takes(model: Any) -> list[Input]:
     """The inputs of a functional or Sequential model; none of a model that is written in Python."""
-    graph = getattr(model, "_functional", None) or model
-    inputs = getattr(graph, "_inputs", None) or []
+    inputs = symbolic_inputs(model)
     names = input_names(model) or [one.name for one in inputs]
     first = _first_convolution(model)
     return [_input(name, one, first) for name, one in zip(names, inputs, strict=True)]

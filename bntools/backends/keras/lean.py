@@ -1,8 +1,8 @@
 """Running models in another way than Keras does, to the same result.
 
 Keras keeps the outputs of all layers until a functional model returns, which for a hundred layers is many times what
-the forward pass needs. TimeDistributed runs its layer once for each
-time step; as one batch of all steps, BN in it has one set of statistics that all steps see.
+the forward pass needs. TimeDistributed runs its layer once for each time step; as one batch of all steps, BN in it has
+one set of statistics that all steps see.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from bntools.backends.keras.calls import functional
 from bntools.backends.keras.naming import named
 from bntools.backends.keras.segments import Walking, compute, run, segments_of
 from bntools.backends.keras.state import attributes_set
@@ -25,7 +26,7 @@ RUN = "_run_through_graph"
 @contextmanager
 def freeing(model: Any, walk: Walking) -> Iterator[None]:
     """Functional models, this one and those inside it, drop each value after its last use, and run compiled."""
-    graphs = [getattr(one, "_functional", None) or one for one in (model, *named(model).values())]
+    graphs = [functional(one) for one in (model, *named(model).values())]
     graphs = list({id(graph): graph for graph in graphs if hasattr(graph, RUN)}.values())
     with attributes_set([(graph, RUN, _runner(graph, walk)) for graph in graphs]):
         yield
@@ -60,14 +61,13 @@ def _runner(graph: Any, walk: Walking) -> Callable[..., Any]:
     def run_through(inputs: Any, operation_fn: Callable[[Any], Any] = lambda op: op, call_fn: Any = None) -> Any:
         if call_fn is not None or lookup is None:
             return usual(inputs, operation_fn, call_fn)
-        values = dict(zip(map(id, graph._inputs), tree.flatten(inputs), strict=True))
+        values = dict(zip(map(id, graph.inputs), tree.flatten(inputs), strict=True))
         del inputs
         for segment in segments:
             if not run(segment, values, operation_fn, walk):
                 compute(segment, values, operation_fn)
             for key in segment.dead:
                 values.pop(key, None)
-        outputs = [values[id(tensor)] for tensor in tree.flatten(graph._outputs_struct)]
-        return tree.pack_sequence_as(graph._outputs_struct, outputs)
+        return tree.pack_sequence_as(graph.output, [values[id(tensor)] for tensor in graph.outputs])
 
     return run_through

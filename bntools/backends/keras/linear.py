@@ -135,10 +135,9 @@ def _einsum(called: Called) -> list[Part] | None:
     layer = called.layer
     given, result = layer.equation.replace(" ", "").split("->")
     source, weight = given.split(",")
-    for dots in ("...",):
-        rest = "".join(chr(ord("0") + i) for i in range(len(called.source) - len(source.replace(dots, ""))))
-        source, result = source.replace(dots, rest), result.replace(dots, rest)
-    if len(weight) != 2 or "." in weight or len(set(source)) != len(source) != len(called.source):
+    rest = "".join(chr(ord("0") + i) for i in range(len(called.source) - len(source.replace("...", ""))))
+    source, result = source.replace("...", rest), result.replace("...", rest)
+    if len(weight) != 2 or "." in weight or len(set(source)) != len(source) or len(source) != len(called.source):
         return None
     shared, new = set(weight) & set(source), set(weight) - set(source)
     if len(shared) != 1 or len(new) != 1 or set(result) != (set(source) - shared) | new:

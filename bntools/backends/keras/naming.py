@@ -29,8 +29,13 @@ def norms(model: keras.Model) -> dict[str, keras.layers.BatchNormalization]:
     return {name: layer for name, layer in named(model).items() if isinstance(layer, keras.layers.BatchNormalization)}
 
 
+def inside(layer: keras.layers.Layer, recursive: bool = True) -> list[keras.layers.Layer]:
+    """The layers that a layer or model holds, which Keras has no public way to list; those inside of them as well."""
+    return list(layer._flatten_layers(include_self=False, recursive=recursive))
+
+
 def _inside(layer: keras.layers.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str, keras.layers.Layer]]:
-    for child in layer._flatten_layers(include_self=False, recursive=False):
+    for child in inside(layer, recursive=False):
         if id(child) in seen:
             continue
         seen.add(id(child))

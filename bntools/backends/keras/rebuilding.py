@@ -11,6 +11,7 @@ import keras
 from keras import tree
 
 from bntools.backends.keras.calls import nodes_of
+from bntools.backends.keras.naming import inside
 from bntools.backends.keras.structure import functional_class, graph_of, inlined, label
 from bntools.batches import said
 from bntools.errors import BntoolsError
@@ -144,7 +145,7 @@ def _classes(operation: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     parts = [operation]
     if isinstance(operation, keras.layers.Layer):
-        parts += operation._flatten_layers(include_self=False, recursive=True)
+        parts += inside(operation)
     for part in parts:
         for value in (part, *vars(part).values()):
             named = value if inspect.isfunction(value) or inspect.isclass(value) else type(value)

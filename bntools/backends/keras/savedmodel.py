@@ -25,7 +25,7 @@ from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectG
 from bntools.backends.keras import contents, hdf5
 from bntools.backends.keras.files import explained, quiet, said
 from bntools.backends.keras.found import remember, remembered
-from bntools.backends.keras.naming import named
+from bntools.backends.keras.naming import inside, named
 from bntools.backends.keras.trust import admitted
 from bntools.errors import BntoolsError
 
@@ -206,7 +206,7 @@ def _key(graph: Any, node: Any, name: str) -> str | None:
 
 
 def _own(layer: Any) -> list[Any]:
-    inner = {id(variable) for child in layer._flatten_layers(include_self=False) for variable in child.weights}
+    inner = {id(variable) for child in inside(layer) for variable in child.weights}
     return [variable for variable in layer.weights if id(variable) not in inner]
 
 

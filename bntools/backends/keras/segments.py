@@ -6,7 +6,7 @@ lies between two BN layers is one ``tf.function``; tracing it pays from some ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import keras
 from keras import tree
 
-from bntools.backends.keras.calls import nodes_of
-from bntools.backends.keras.naming import named
+from bntools.backends.keras.calls import functional, nodes_of
+from bntools.backends.keras.naming import inside, named
 
 TRACE_AFTER = 6  # batches of one shape
 STOCK = ("keras.", "bntools.")
@@ -73,7 +73,7 @@ def segments_of(graph: Any, measured: set[int]) -> list[Segment]:
 def forget(model: Any) -> None:
     """Drop what was traced of a model, which somebody may change now."""
     for one in (model, *named(model).values()):
-        _traced.pop(getattr(one, "_functional", None) or one, None)
+        _traced.pop(functional(one), None)
 
 
 def run(segment: Segment, values: Values, call: Callable[[Any], Any], walk: Walking) -> bool:
@@ -145,7 +145,7 @@ def _cut(graph: Any, measured: set[int]) -> list[Segment]:
         if not segments or begins or not stock or not segments[-1].stock:
             segments.append(Segment([], stock))
         segments[-1].nodes.append(node)
-    needed = {id(tensor) for tensor in tree.flatten(graph._outputs_struct)}
+    needed = {id(tensor) for tensor in graph.outputs}
     for segment in reversed(segments):
         made = [id(tensor) for node in segment.nodes for tensor in node.outputs]
         read = dict.fromkeys(id(tensor) for node in segment.nodes for tensor in node.input_tensors)
@@ -158,12 +158,7 @@ def _cut(graph: Any, measured: set[int]) -> list[Segment]:
 
 def _is_stock(operation: Any, measured: set[int], begins: bool) -> bool:
     """Whether an operation may be traced: Keras's own code throughout, and no layer inside at which to stop."""
-    inside = list(_inside(operation))
-    own = all(type(one).__module__.startswith(STOCK) for one in [operation, *inside])
-    lambdas = any(isinstance(one, keras.layers.Lambda) for one in [operation, *inside])
-    return own and not lambdas and (begins or not any(id(one) in measured for one in inside))
-
-
-def _inside(operation: Any) -> Iterator[Any]:
-    if isinstance(operation, keras.layers.Layer):
-        yield from operation._flatten_layers(include_self=False)
+    held = inside(operation) if isinstance(operation, keras.layers.Layer) else []
+    own = all(type(one).__module__.startswith(STOCK) for one in [operation, *held])
+    lambdas = any(isinstance(one, keras.layers.Lambda) for one in [operation, *held])
+    return own and not lambdas and (begins or not any(id(one) in measured for one in held))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,6 +147,3 @@ def attributes_set(values: list[tuple[Any, str, Any]]) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
-
-
-Meet = Callable[[Any, Any], None]  # a layer's input, and its mask

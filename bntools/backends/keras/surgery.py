@@ -12,7 +12,7 @@ from keras import ops
 
 from bntools.affine import absorb_input, absorb_output
 from bntools.backends.keras.linear import WEIGHTS
-from bntools.backends.keras.naming import named
+from bntools.backends.keras.naming import inside, named
 from bntools.backends.keras.rebuilding import Config, Rebuilding
 from bntools.backends.keras.structure import graph_of, label
 from bntools.errors import BntoolsError
@@ -40,11 +40,11 @@ def absorb(model: keras.Model, graph: Graph, steps: Sequence[Step]) -> keras.Mod
         for target in step.targets:
             weights.absorb(target)
     gone = {id(layers[step.layer]) for step in steps}
-    rebuilding = Rebuilding(gone, weights.edits(gone))
+    edited = weights.edits(gone)
+    rebuilding = Rebuilding(gone, edited)
     new = rebuilding.of(model)
     pairs = [pair for pair in rebuilding.made.values() if isinstance(pair[0], keras.layers.Layer)]
     found = {id(old): made for old, made in _all_pairs(pairs)}
-    edited = weights.edits(gone)
     for old, made in pairs:
         _copy(old, made, edited)
     _flags(model, new, rebuilding.made)
@@ -128,19 +128,15 @@ def _all_pairs(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     found = list(pairs)
     for old, new in pairs:
         if graph_of(old) is None:
-            found += zip(_children(old), _children(new), strict=False)
+            found += zip(inside(old), inside(new), strict=False)
     return found
-
-
-def _children(layer: Any) -> list[Any]:
-    return list(layer._flatten_layers(include_self=False, recursive=True))
 
 
 def _copy(old: Any, new: Any, edited: dict[int, Config]) -> None:
     """Give a new layer all that the old one holds: its variables, and what it keeps beside them."""
     if graph_of(old) is not None:
         return
-    parts = [(old, new), *zip(_children(old), _children(new), strict=False)]
+    parts = [(old, new), *zip(inside(old), inside(new), strict=False)]
     if any(id(part) in edited for part, _ in parts):
         _copy_named(parts, set())
         return
@@ -189,7 +185,7 @@ def _flags(model: Any, new: Any, made: dict[int, tuple[Any, Any]]) -> None:
             if id(layer) in made:
                 _flags(layer, made[id(layer)][1], made)
         return
-    for old, other in zip(_children(model), _children(new), strict=False):
+    for old, other in zip(inside(model), inside(new), strict=False):
         if other.trainable != old.trainable:
             other.trainable = old.trainable
     if len(model.variables) == len(new.variables):
