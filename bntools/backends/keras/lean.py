@@ -16,7 +16,7 @@ import keras
 from keras import ops, tree
 
 from bntools.backends.keras.calls import functional
-from bntools.backends.keras.naming import named
+from bntools.backends.keras.naming import inside, named
 from bntools.backends.keras.segments import Walking, compute, run, segments_of
 from bntools.backends.keras.state import attributes_set
 
@@ -37,6 +37,20 @@ def steps_together(model: Any) -> Iterator[None]:
     """TimeDistributed layers take the steps of a sequence as samples, which in inference is the same."""
     wrappers = [layer for layer in named(model).values() if type(layer).call is keras.layers.TimeDistributed.call]
     with attributes_set([(wrapper, "call", partial(_as_one_batch, wrapper.layer)) for wrapper in wrappers]):
+        yield
+
+
+@contextmanager
+def steps_once(model: Any) -> Iterator[None]:
+    """Recurrent layers with BN in their cell call it once for each step.
+
+    In a loop Keras calls it for the first step once more, to see what comes of it (keras/src/backend, ``rnn``): the
+    moments would count that step twice.
+    """
+    loops = [layer for layer in named(model).values() if isinstance(layer, keras.layers.RNN)]
+    norm = keras.layers.BatchNormalization
+    held = [layer for layer in loops if any(isinstance(one, norm) for one in inside(layer))]
+    with attributes_set([(layer, "unroll", True) for layer in held]):
         yield
 
 

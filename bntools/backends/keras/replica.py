@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from bntools.backends.keras.lean import freeing, steps_together
+from bntools.backends.keras.lean import freeing, steps_once, steps_together
 from bntools.backends.keras.naming import norms
 from bntools.backends.keras.normalizing import masked_moments, normalized
 from bntools.backends.keras.running import Forward, call
@@ -62,6 +62,7 @@ def measuring(
             stack.enter_context(attributes_set([(layer, "_trainable", True) for layer in targets.values()]))
         stack.enter_context(freeing(model, walk))
         stack.enter_context(steps_together(model))
+        stack.enter_context(steps_once(model))
         walk.attributes = Attributes(model)
         stack.callback(walk.attributes.close)
         yield walk

@@ -191,6 +191,32 @@ def test_shared_layer_pools_its_calls():
     assert "called more than once" in result.notes[0]
 
 
+def test_bn_in_the_cell_of_a_recurrent_layer():
+    """Each direction of a Bidirectional has its BN layer, which pools all steps, each of them once."""
+
+    @keras.saving.register_keras_serializable()
+    class Cell(L.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.state_size, self.bn = 3, L.BatchNormalization(name="bn")
+
+        def build(self, shape):
+            self.bn.build(shape)
+
+        def call(self, x, states, training=None):
+            return self.bn(x, training=training), states
+
+    model = keras.Sequential([L.Input((5, 3)), L.Bidirectional(L.RNN(Cell(name="cell")), name="both")])
+    data = (np.random.default_rng(0).standard_normal((20, 5, 3)) * 2 + 1).astype(np.float32)
+    result = bntools.recalibrate(model, nets.cut(data, 6))
+    assert [layer.name.partition(".")[0] for layer in result.layers] == ["both", "both"]
+    for layer in bntools.inspect(model):
+        np.testing.assert_allclose(layer.mean, data.mean((0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(layer.var, data.var((0, 1)), rtol=1e-5)
+    assert "called more than once" in result.notes[0]
+    assert not model.layers[0].forward_layer.unroll
+
+
 @pytest.mark.parametrize("axis", [1, 2, -1])
 def test_any_axis(axis):
     """The channels may lie on any axis."""
