@@ -10,9 +10,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import bntools
 from bntools.backends.keras.found import write
+from bntools.cli import main
 
 tf = pytest.importorskip("tensorflow")
 X = np.random.default_rng(0).normal(size=(4, 4, 4, 3)).astype("float32")
@@ -120,6 +122,21 @@ def test_failed_write_leaves_the_folder(place, monkeypatch):
         bntools.save(model, place)
     assert {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     assert sorted(each.name for each in place.parent.iterdir()) == ["model"]
+
+
+def test_commands_take_the_folder(place, monkeypatch):
+    """The folder goes through inspect, recalibrate, fold and verify by its name, also where BN stays."""
+    monkeypatch.chdir(place.parent)
+    np.save("x.npy", X)
+    lines = (
+        ("inspect model", "3 BN layers"),
+        ("recalibrate model x.npy", "wrote model.recalibrated and model.recalibrated.json"),
+        ("fold --export model.onnx", "folded 2 of 3 BN layers"),
+        ("verify model.recalibrated model.onnx x.npy", "verified on 4 samples"),
+    )
+    for line, said in lines:
+        outcome = CliRunner().invoke(main, line.split(), catch_exceptions=False)
+        assert (outcome.exit_code, said in outcome.stdout) == (0, True), (line, outcome.output)
 
 
 def test_other_weights_are_refused(place):
