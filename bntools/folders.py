@@ -81,8 +81,7 @@ class Folder:
         if self._resized:
             first, *more = self._sizes
             text += f", resized and centre-cropped from {f'{1 + len(more):,} sizes' if more else _shape(first)}"
-        if self.reading.preprocess is not None:
-            text += f"; {self.reading.scaled}"
+        text += f"; {self.reading.scaled}" if self.reading.scales() else "; pixels 0..255 as they are"
         if self._converted:
             text += f"; {self._converted:,} converted to {'RGB' if self.channels == 3 else 'grey'}"
         if self._count("alpha"):

@@ -35,7 +35,7 @@ class Frozen:
 
     def __repr__(self) -> str:
         state = "undone" if self._undo is None else "frozen"
-        return f"<{len(self.layers)} BN layers {state}>"
+        return f"<{len(self.layers)} BN layer{'s' * (len(self.layers) != 1)} {state}>"
 
 
 def freeze(model: Any, *, stats: bool = True, affine: bool = True, layers: Selection = None) -> Frozen:

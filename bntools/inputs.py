@@ -17,7 +17,8 @@ class Input:
     """One input of a model: its name, NumPy's name of its dtype, and its shape, None for an axis of any size.
 
     ``shape`` is None where not even the rank is known. ``channel_axis`` is that of images, 1 or 3, and None for
-    anything else; ``channels`` is how many of them there are, None where nothing says so.
+    anything else; ``channels`` is how many of them there are, None where nothing says so. ``pixels`` holds for floats
+    that the model itself scales from 0..255.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Input:
     shape: tuple[int | None, ...] | None
     channel_axis: int | None = None
     channels: int | None = None
+    pixels: bool = False
 
     @property
     def batch(self) -> int | None:

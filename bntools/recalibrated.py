@@ -46,6 +46,12 @@ class Recalibration:
     notes: list[str] = field(default_factory=list)
     _restore: Callable[[], None] = field(default=lambda: None, repr=False)
 
+    def __str__(self) -> str:
+        residual = "" if self.residual is None else f", residual {self.residual:.1e}"
+        untouched = f"; {len(self.untouched)} untouched" if self.untouched else ""
+        layers = f"{len(self.layers)} BN layer{'s' * (len(self.layers) != 1)}"
+        return f"recalibrated {layers} on {self.samples:,} samples{residual}{untouched}"
+
     def undo(self) -> None:
         """Give the model back the statistics that it had before."""
         self._restore()

@@ -73,7 +73,9 @@ class Reading:
         alone = takes[0] if len(takes) == 1 else None
         wanted = None if model is None else backends.of(model).input_channels(model)
         size = self.size or (alone.size if alone and data.holds_images(source) else None)
-        raw = tuple(one.name for one in takes if one.integer) + (("",) if alone and alone.integer else ())
+        scaled = self.mean is not None or self.preprocess is not None
+        whole = [one for one in takes if one.integer or (one.pixels and not scaled)]
+        raw = tuple(one.name for one in whole) + (("",) if alone in whole else ())
         return {
             "channels": self.channels or wanted,
             "size": size,

@@ -27,6 +27,17 @@ def call(model: Any, batch: Any, forward: Forward | None = None) -> Any:
         return _called(model, batch, forward)
 
 
+def _fits(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
+    return all(size in (None, there) for size, there in zip(declared, shape, strict=True))
+
+
+def _squeezed(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
+    """Whether Keras adds, or takes away, a last axis of length 1."""
+    if len(shape) == len(declared) - 1:
+        return declared[-1] == 1 and _fits(shape[1:], declared[1:-1])
+    return len(shape) == len(declared) + 1 and shape[-1] == 1 and _fits(shape[1:-1], declared[1:])
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """What goes wrong inside a layer is raised as it is: Keras would wrap it into a list of the layer's arguments."""
@@ -53,9 +64,15 @@ def _check_shapes(model: Any, inputs: Any) -> None:
     given = inputs if isinstance(inputs, Mapping) else {one.name: inputs for one in declared[:1]}
     for one in declared:
         shape = tuple(getattr(given.get(one.name), "shape", ()))
-        if one.shape is None or len(shape) != len(one.shape):
+        if one.shape is None or not shape or _squeezed(shape, one.shape):
             continue
-        if any(size not in (None, there) for size, there in zip(one.shape[1:], shape[1:], strict=True)):
+        if len(shape) != len(one.shape):
+            unbatched = len(shape) == len(one.shape) - 1 and _fits(shape, one.shape[1:])
+            hint = ": one sample without a batch axis? (a tf.data.Dataset: dataset.batch(32))" if unbatched else ""
+            raise ValueError(
+                f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}{hint}"
+            )
+        if not _fits(shape[1:], one.shape[1:]):
             raise ValueError(f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}")
 
 
