@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,7 @@ class _Description:
             yield self._conversion(event)
             return
         name = label(event.operation, self.paths.get(id(event.operation), event.operation.name))
+        event = yield from self._cast(event, name)
         if self._is_plain(event):
             called = self._called(event, name)
             if called.kind == "Split":
@@ -77,6 +78,25 @@ class _Description:
         self._refuse_inside(event.operation, name)
         yield Node(Other(), name, event.inputs, event.outputs, self._reads(event.operation))
 
+    def _cast(self, event: Event, name: str) -> Generator[Node, None, Event]:
+        """The call, after the casts of its inputs to the type in which it computes.
+
+        A scale that moves across a cast can leave the range of the smaller type.
+        """
+        wanted = getattr(event.operation, "compute_dtype", None)
+        if wanted is None:  # an operation of keras.ops
+            return event
+        inputs = []
+        for value in event.inputs:
+            dtype = self.watch.dtypes.get(value, "")
+            if "float" in dtype and "float" in wanted and dtype != wanted and value in self.watch.shapes:
+                made = self.watch.fresh(shape=self.watch.shapes[value])
+                self.watch.dtypes[made] = wanted
+                yield Node(Other(), f"the cast from {dtype} to {wanted} in front of {name}", (value,), (made,))
+                value = made
+            inputs.append(value)
+        return replace(event, inputs=tuple(inputs))
+
     def _is_plain(self, event: Event) -> bool:
         """Whether floating-point arrays go in and come out, of known shapes."""
         values = (*event.inputs[:1], *event.outputs)
@@ -88,6 +108,8 @@ class _Description:
         is_layer = isinstance(operation, keras.layers.Layer)
         kind = stock(operation) if is_layer else function_kind(operation)
         arguments = {} if is_layer else _arguments(operation, node)
+        dtypes = {self.watch.dtypes[value] for value in (event.inputs[0], event.outputs[0])}
+        kind = kind if is_layer or len(dtypes) == 1 else ""  # a cast
         several = MERGES if is_layer else ORDERED
         if (len(event.inputs) > 1 and kind not in (*several, NORM)) or arguments is None:
             kind, arguments = "", {}

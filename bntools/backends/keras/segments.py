@@ -6,9 +6,12 @@ lies between two BN layers is one ``tf.function``; tracing it pays from some ten
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -81,11 +84,11 @@ def run(segment: Segment, values: Values, call: Callable[[Any], Any], walk: Walk
 
     ``call(operation)`` is how Keras wants an operation called here.
     """
-    if not segment.stock or not walk.compiles or keras.backend.backend() != "tensorflow":
+    if not segment.stock or not walk.compiles or keras.backend.backend() != "tensorflow" or not _infers(call):
         return False
     given = [values[key] for key in segment.reads]
-    if any(getattr(x, "_keras_mask", None) is not None for x in given):
-        return False  # a mask is an attribute of its tensor, and would stay outside
+    if not all(map(_is_plain, given)):
+        return False
     key = tuple((tuple(x.shape), x.dtype) for x in given)
     if key not in segment.functions:
         segment.seen[key] = segment.seen.get(key, 0) + 1
@@ -118,22 +121,41 @@ def compute(segment: Segment, values: Values, call: Callable[[Any], Any]) -> Non
 
 
 def _function(segment: Segment, given: list[Any], call: Callable[[Any], Any]) -> Any:
-    """The segment as a concrete function; None where its values carry masks, which a function cannot give."""
+    """The segment as a concrete function; None where it cannot be traced, or gives what a function cannot give."""
     import tensorflow as tf
 
-    masked = False
+    plain = True
 
     def body(*arrays: Any) -> list[Any]:
-        nonlocal masked
+        nonlocal plain
         values = dict(zip(segment.reads, arrays, strict=True))
         compute(segment, values, call)
         outputs = [values[key] for key in segment.gives]
-        masked = any(getattr(x, "_keras_mask", None) is not None for x in outputs)
+        plain = all(map(_is_plain, outputs))
         return outputs
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in given]
-    function = tf.function(body, autograph=False).get_concrete_function(*specs)
-    return None if masked else function
+    try:
+        function = tf.function(body, autograph=False).get_concrete_function(*specs)
+    except Exception:  # code that needs values, which run eagerly it has
+        return None
+    return function if plain else None
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether a value is a dense tensor without a mask, which is an attribute of it and would stay outside."""
+    import tensorflow as tf
+
+    return isinstance(x, tf.Tensor) and getattr(x, "_keras_mask", None) is None
+
+
+def _infers(call: Callable[[Any], Any]) -> bool:
+    """Whether Keras calls the operations of this graph with ``training=False`` and nothing else of its own.
+
+    A model written in Python may call a functional one with ``training=True``: what was traced is of no use then.
+    """
+    told = inspect.getclosurevars(call).nonlocals
+    return told.get("training", True) is False and not told.get("kwargs")
 
 
 def _cut(graph: Any, measured: set[int]) -> list[Segment]:
@@ -141,7 +163,8 @@ def _cut(graph: Any, measured: set[int]) -> list[Segment]:
     segments: list[Segment] = []
     for node in nodes:
         begins = id(node.operation) in measured
-        stock = _is_stock(node.operation, measured, begins)
+        # A mask that is handed over as an argument is read by a BN layer beside its input: that runs eagerly.
+        stock = _is_stock(node.operation, measured, begins) and not (begins and len(node.input_tensors) > 1)
         if not segments or begins or not stock or not segments[-1].stock:
             segments.append(Segment([], stock))
         segments[-1].nodes.append(node)
@@ -159,6 +182,12 @@ def _cut(graph: Any, measured: set[int]) -> list[Segment]:
 def _is_stock(operation: Any, measured: set[int], begins: bool) -> bool:
     """Whether an operation may be traced: Keras's own code throughout, and no layer inside at which to stop."""
     held = inside(operation) if isinstance(operation, keras.layers.Layer) else []
-    own = all(type(one).__module__.startswith(STOCK) for one in [operation, *held])
+    own = all(type(one).__module__.startswith(STOCK) and _calls_stock(one) for one in [operation, *held])
     lambdas = any(isinstance(one, keras.layers.Lambda) for one in [operation, *held])
     return own and not lambdas and (begins or not any(id(one) in measured for one in held))
+
+
+def _calls_stock(operation: Any) -> bool:
+    """Whether the functions that an operation was given, its activation for one, are Keras's own as well."""
+    given = [value for value in vars(operation).values() if isinstance(value, (FunctionType, MethodType, partial))]
+    return all(str(getattr(value, "__module__", "")).startswith(STOCK) for value in given)

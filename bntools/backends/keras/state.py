@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from keras.src.backend.common import global_state
 
 from bntools.backends.keras.naming import named
 
+_entering = threading.Lock()
+_eager: list[bool] = []  # what the setting was, then one entry for each measurement that is under way
 _TF_CONTEXT = ("is_eager", "scope_name", "device_name", "device_spec")  # of its EagerContextThreadLocalData
 
 State = dict[str, Any]
@@ -98,18 +101,26 @@ def eagerly() -> Iterator[None]:
         return
     import tensorflow as tf
 
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
+    with _entering:  # the setting is the process's, and threads may measure beside each other
+        if not _eager:
+            _eager.append(tf.config.functions_run_eagerly())
+            tf.config.run_functions_eagerly(True)
+        _eager.append(True)
     try:
         yield
     finally:
-        tf.config.run_functions_eagerly(before)
+        with _entering:
+            _eager.pop()
+            if len(_eager) == 1:
+                tf.config.run_functions_eagerly(_eager.pop())
 
 
 @contextmanager
 def variables_kept(model: Any, measured: set[int]) -> Iterator[None]:
     """Put back what a model counts or draws in variables while it runs; ``measured`` are those left out, by ``id``."""
-    others = [v for v in model.non_trainable_variables if id(v) not in measured]
+    states = [getattr(layer, "states", None) for layer in named(model).values() if getattr(layer, "stateful", False)]
+    every = [*model.non_trainable_variables, *keras.tree.flatten(states)]
+    others = [v for v in every if isinstance(v, keras.Variable) and id(v) not in measured]
     before = [(variable, keras.ops.copy(variable.value)) for variable in others]
     try:
         yield

@@ -379,3 +379,14 @@ def test_only_norms():
     x = keras.Input((4,))
     model = randomized(keras.Model(x, L.Dense(2)(inner(L.ReLU()(x)))))
     assert folds(model, batch(2, 4)).folded == ["inner.bn"]
+
+
+@pytest.mark.parametrize("how", ["layer", "operation"])
+def test_nothing_moves_across_a_cast(how):
+    """BN in float32 behind a layer in float16 stays: its scale could leave the range of float16."""
+    inputs = L.Input((3,))
+    y = L.Dense(2, dtype="mixed_float16")(inputs)
+    y = keras.ops.cast(y, "float32") if how == "operation" else y
+    model = keras.Model(inputs, L.BatchNormalization(dtype="float32", name="bn")(y))
+    reason = bntools.fold(model, np.ones((2, 3), np.float32)).kept["bn"]
+    assert "cast" in reason.lower()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import keras_nets as nets
 import numpy as np
@@ -290,3 +292,78 @@ def test_losses_of_layers_do_not_pile_up(after, monkeypatch):
     assert not model.losses
     model.compile(optimizer="sgd", loss="mse")
     model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
+
+
+@pytest.mark.parametrize("batches", [2, 40])
+def test_a_mask_given_as_an_argument(batches):
+    """A mask that the graph hands to BN counts, however many batches there are."""
+    x, mask = L.Input((5, 3)), L.Input((5,), dtype="bool")
+    bn = L.BatchNormalization()
+    model = keras.Model([x, mask], L.GlobalAveragePooling1D()(bn(x, mask=mask)))
+    rng = np.random.default_rng(0)
+    data, valid = rng.standard_normal((80, 5, 3)).astype(np.float32), rng.random((80, 5)) < 0.5
+    data[~valid] += 100
+    step = 80 // batches
+    bntools.recalibrate(model, [((data[i : i + step], valid[i : i + step]),) for i in range(0, 80, step)])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(bn.moving_mean), data[valid].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [2, 20])
+def test_a_backbone_called_in_both_modes(batches):
+    """What was compiled for training=False is not used where a model calls the same backbone with training=True."""
+
+    class Both(keras.Model):
+        def __init__(self):
+            super().__init__()
+            inputs = L.Input((4,))
+            self.backbone = keras.Model(inputs, L.Dropout(0.5, seed=0)(L.Activation("linear")(inputs)))
+            self.bn1, self.bn2 = L.BatchNormalization(), L.BatchNormalization()
+
+        def call(self, x):
+            return self.bn1(self.backbone(x, training=False)), self.bn2(self.backbone(x, training=True))
+
+    model = Both()
+    data = np.full((400, 4), 10, np.float32)
+    model(data[:2])
+    bntools.recalibrate(model, nets.cut(data, 400 // batches), check=False)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model.bn1.moving_variance), 0, atol=1e-6)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model.bn2.moving_variance), 100, rtol=0.02)
+
+
+def test_activations_of_the_users_own_are_never_compiled():
+    """A Python function as an activation may decide by values: it runs eagerly, for every batch."""
+
+    def gate(x):
+        return x * 2 if float(keras.ops.max(x)) > 5 else x
+
+    inputs = L.Input((3,))
+    model = keras.Model(inputs, L.BatchNormalization(name="bn")(L.Activation(gate)(L.Identity()(inputs))), name="gated")
+    data = np.ones((40, 3), np.float32)
+    data[20:] = 9
+    bntools.recalibrate(model, nets.cut(data, 2))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model.get_layer("bn").moving_mean), 9.5, rtol=1e-5)
+
+
+def test_states_of_stateful_layers():
+    """What a stateful recurrent layer remembers is as before."""
+    model = keras.Sequential([L.Input((5, 3), batch_size=4), L.LSTM(2, stateful=True), L.BatchNormalization()])
+    bntools.recalibrate(model, nets.cut(np.random.default_rng(0).standard_normal((12, 5, 3)).astype(np.float32), 4))
+    assert not any(np.any(keras.ops.convert_to_numpy(state)) for state in model.layers[0].states)
+
+
+def test_two_threads():
+    """Two models recalibrated at once in two threads get the statistics that each gets alone."""
+    models, data = [nets.residual_net(), nets.residual_net()], nets.cut(nets.images(), 4)
+    expected = []
+    for model in models:
+        bntools.recalibrate(model, data, check=False)
+        expected.append(nets.stats(model))
+        bntools.reset(model)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda model: bntools.recalibrate(model, data), models))
+    for model, result, stats in zip(models, results, expected, strict=True):
+        np.testing.assert_allclose(nets.stats(model), stats, rtol=1e-5, atol=1e-6)
+        assert result.residual < 1e-5
+    if keras.backend.backend() == "tensorflow":
+        tf = pytest.importorskip("tensorflow")
+        assert not tf.config.functions_run_eagerly()
