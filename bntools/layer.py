@@ -29,10 +29,11 @@ class BatchNorm:
     not tracked). ``var`` is the plain second moment, divided by the count. ``momentum`` is the
     framework's own number. ``updates`` counts the updates of the statistics, None if nobody counted.
     ``initial`` is what mean and variance start with in training, ``initial_share`` the share of it that is still
-    inside, as far as momentum and updates tell, and ``forgets_after`` the number of updates that leave less than a
-    hundredth. ``dtype`` is how the model stores the statistics. ``stats_frozen`` holds where training cannot
-    move the statistics, also after ``model.train()``; ``in_training`` says in words what the layer does while the
-    model trains, where that is out of the ordinary. ``pooled`` is False for
+    inside, as far as momentum and updates tell (``doubt`` says what else could be so), and ``forgets_after``
+    the number of updates that leave less than a hundredth. ``dtype`` is how the model stores the statistics.
+    ``stats_frozen`` holds where training cannot move the statistics, also after ``model.train()``;
+    ``in_training`` says in words what the layer does while the model trains, where that is out of the ordinary.
+    ``pooled`` is False for
     instance normalization, whose statistics are averages over instances. ``remarks`` are problems
     that only the back end can see; ``obstacle`` says why the statistics can be neither measured nor stored nor
     folded where they lie, and is empty where they can.
@@ -53,6 +54,7 @@ class BatchNorm:
     affine_frozen: bool
     initial: tuple[float, float] = (0.0, 1.0)
     initial_share: float | None = None
+    doubt: str = ""
     forgets_after: int = 0
     in_training: str = ""
     dtype: str = "float32"
@@ -161,7 +163,7 @@ def _momentum_problems(layer: BatchNorm) -> Iterator[str]:
         values = "" if layer.initial == (0.0, 1.0) else "s {:g} and {:g}".format(*layer.initial)
         yield (
             f"{layer.initial_share:.0%} of the initial value{values} {'are' if values else 'is'} still inside after "
-            f"{layer.updates} updates at momentum {layer.momentum:g}"
+            f"{layer.updates} updates at momentum {layer.momentum:g}{layer.doubt and f', {layer.doubt}'}"
         )
 
 

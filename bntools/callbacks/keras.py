@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -50,8 +51,8 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
     Validation then measures the weights, not how far the moving averages lag behind them. ``batches`` and the
     arguments after ``at_end`` are those of ``bntools.recalibrate``; ``check`` is off, for it takes another pass.
     ``results`` holds a Recalibration for each time. Nothing is done twice for the same weights, nothing where all
-    statistics are frozen, and nothing in an ``evaluate`` outside of ``fit``. A callback that restores weights at
-    the end of training, as EarlyStopping may, belongs before this one in the list.
+    statistics are frozen, which a warning says, and nothing in an ``evaluate`` outside of ``fit``. A callback
+    that restores weights at the end of training, as EarlyStopping may, belongs before this one in the list.
 
     Raises BntoolsError for data that can be read only once, and in ``fit`` what ``bntools.recalibrate`` raises.
 
@@ -108,7 +109,14 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         self._fit = None
 
     def _recalibrate(self) -> None:
-        if not self._trained or self._all_frozen():
+        if not self._trained:
+            return
+        if self._all_frozen():
+            warnings.warn(
+                "RecalibrateBatchNorm did nothing: all BN layers are frozen. Name those to recalibrate all the same in "
+                "layers= ('*' for all of them)",
+                stacklevel=2,
+            )
             return
         result = recalibrate(
             self.model,

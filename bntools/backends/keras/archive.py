@@ -208,6 +208,7 @@ def _record(held: Contents, place: Place, stored: dict[str, h5py.Dataset], steps
             built=True,
             steps=steps if noted is None else noted,
             frozen_steps=noted,
+            counted=noted is not None,
             told=place.told,
             initial=(beginnings[0], beginnings[1]),
             dtype=stored["moving_mean"].dtype.name,

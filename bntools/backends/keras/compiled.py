@@ -5,6 +5,7 @@ Keras has no public function by which an optimizer that was built gets to know m
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -21,11 +22,13 @@ def follow(model: keras.Model) -> None:
     for one in (model, *named(model).values()):
         if not isinstance(one, keras.Model):
             continue
-        optimizer = getattr(one, "optimizer", None)
-        if getattr(optimizer, "built", False):
-            _introduce(optimizer, one.trainable_variables)
-        if getattr(one, "train_function", None) is not None:
-            one.make_train_function(force=True)
+        strategy = getattr(one, "distribute_strategy", None)
+        with nullcontext() if strategy is None else strategy.scope():  # new variables have to be made in it
+            optimizer = getattr(one, "optimizer", None)
+            if getattr(optimizer, "built", False):
+                _introduce(optimizer, one.trainable_variables)
+            if getattr(one, "train_function", None) is not None:
+                one.make_train_function(force=True)
 
 
 def _introduce(optimizer: Any, variables: list[Any]) -> None:
@@ -36,11 +39,11 @@ def _introduce(optimizer: Any, variables: list[Any]) -> None:
         return
     everything = [*variables, *(variable for variable in known if id(variable) not in wanted)]
     if hasattr(optimizer, "inner_optimizer"):
-        _rebuild(optimizer.inner_optimizer, everything)
-    _rebuild(optimizer, everything)
+        rebuild(optimizer.inner_optimizer, everything)
+    rebuild(optimizer, everything)
 
 
-def _rebuild(optimizer: Any, variables: list[Any]) -> None:
+def rebuild(optimizer: Any, variables: list[Any]) -> None:
     """Build an optimizer anew, in place; what it held for a variable, and by itself, it holds again."""
     held = _slots(optimizer)
     own = {name: value for name, value in vars(optimizer).items() if isinstance(value, keras.Variable)}

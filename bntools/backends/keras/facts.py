@@ -11,6 +11,9 @@ import numpy as np
 
 from bntools.layer import SMALL_SHARE, BatchNorm
 
+# The optimizer counts the steps of the model; what it did not see, another program may have done to one layer.
+DOUBT = "unless it was frozen for some of them or recalibrated since"
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -19,7 +22,8 @@ class Facts:
     The arrays are float64 of shape (channels,), None where the layer has no such variable. ``trains`` says of scale
     and shift whether an optimizer gets to see them. ``keeps_stats`` holds for a layer of bntools's own that keeps its
     statistics. ``steps`` is the number of updates that a trainable layer has had, ``frozen_steps`` one that is not;
-    None where nothing counts them. ``told`` holds where the model calls the layer with ``training=False``.
+    None where nothing counts them. ``counted`` holds where that was noted for the layer itself, and does not come from
+    the optimizer, ``told`` where the model calls the layer with ``training=False``.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Facts:
     built: bool
     steps: int | None
     frozen_steps: int | None
+    counted: bool
     told: bool
     initial: tuple[float, float]
     dtype: str
@@ -78,6 +83,7 @@ def record(layer: Facts) -> BatchNorm:
         affine_frozen=not layer.trains,
         initial_share=momentum**updates if updates is not None and (updates or momentum < 1) else None,
         initial=layer.initial,
+        doubt="" if layer.counted else DOUBT,
         forgets_after=math.ceil(math.log(SMALL_SHARE) / math.log(momentum)) if 0 < momentum < 1 else 0,
         dtype=layer.dtype,
         in_training=_in_training(layer, frozen),

@@ -22,10 +22,10 @@ from bntools.backends.keras import contents, hdf5
 from bntools.backends.keras.contents import Contents
 from bntools.backends.keras.found import remember, remembered, training_steps
 from bntools.backends.keras.naming import named, norms
+from bntools.backends.keras.optimizers import SKIPPED, restore
 from bntools.backends.keras.trust import admitted
 from bntools.errors import BntoolsError
 
-UNTRAINED = "Skipping variable loading for optimizer .* the saved optimizer has [0-2] variables"
 FORMS = {".keras": "archive", ".h5": "hdf5", ".hdf5": "hdf5"}
 
 
@@ -126,7 +126,9 @@ def quiet() -> Iterator[None]:
 
 def _archived(held: Contents, custom: dict[str, Any]) -> Any:
     with _called(held.path, "model.keras") as place:
-        return keras.saving.load_model(place, custom_objects=custom, safe_mode=True)
+        model = keras.saving.load_model(place, custom_objects=custom, safe_mode=True)
+        restore(place, model)
+        return model
 
 
 def _legacy(held: Contents, custom: dict[str, Any]) -> Any:
@@ -270,8 +272,7 @@ def explained(path: str, version: str) -> Iterator[None]:
     """Whatever Keras says of a file that it cannot load, in a line with what to do. ``version`` wrote it."""
     try:
         with warnings.catch_warnings():
-            # of an optimizer that had made no step yet: counter and learning rate alone were saved
-            warnings.filterwarnings("ignore", UNTRAINED, UserWarning)
+            warnings.filterwarnings("ignore", SKIPPED, UserWarning)  # what can be done is done in optimizers.py
             yield
     except (BntoolsError, MemoryError):
         raise

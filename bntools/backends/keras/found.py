@@ -107,6 +107,7 @@ def _record(name: str, layer: Any, steps: int | None, told: bool, trains: bool) 
             built=layer.built,
             steps=updates_of(_written.get(layer), steps),
             frozen_steps=updates_of(_written.get(layer), None),
+            counted=layer in _written,
             told=told,
             initial=(_initial(layer.moving_mean_initializer, 0.0), _initial(layer.moving_variance_initializer, 1.0)),
             dtype="none" if mean is None else keras.backend.standardize_dtype(layer.moving_mean.dtype),

@@ -13,6 +13,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from keras import layers as L
 
 import bntools
 from bntools import backends
@@ -458,3 +459,20 @@ def test_window_onto_an_archive(kept):
         expected = unpacked["layers/conv2d/vars/0"][()]
     with contents.weights(str(path)) as file:
         np.testing.assert_array_equal(file["layers/conv2d/vars/0"][()], expected)
+
+
+def test_optimizer_state_of_layers_frozen_later(tmp_path):
+    """An optimizer built before layers were frozen keeps the state of all variables through load and save."""
+    inputs = L.Input((3,))
+    model = keras.Model(inputs, L.Dense(1)(L.BatchNormalization(name="bn")(L.Dense(4)(inputs))))
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).standard_normal((32, 3))
+    model.fit(x, x[:, :1], verbose=0)
+    bntools.freeze(model)
+    model.save(tmp_path / "frozen.keras")
+    before = [keras.ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
+    bntools.save(bntools.load(tmp_path / "frozen.keras"), tmp_path / "again.keras")
+    after = bntools.load(tmp_path / "again.keras").optimizer.variables
+    assert len(after) == len(before) > 10
+    for variable, value in zip(after, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)

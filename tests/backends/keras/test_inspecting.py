@@ -70,7 +70,8 @@ def test_share_of_the_initial_value():
     (layer,) = bntools.inspect(model)
     assert layer.updates == 5
     assert layer.initial_share == pytest.approx(0.9**5)
-    assert layer.problems == ["59% of the initial value is still inside after 5 updates at momentum 0.9"]
+    assert layer.problems[0].startswith("59% of the initial value is still inside after 5 updates at momentum 0.9")
+    assert "unless it was frozen" in layer.problems[0]  # the optimizer's counter cannot tell
     result = bntools.recalibrate(model, [data])
     assert not bntools.inspect(model)[0].problems
     result.undo()
@@ -85,9 +86,8 @@ def test_statistics_that_started_at_one_half():
     assert "initial values 0.5 and 0.5" in bntools.inspect(model)[0].problems[0]
     model.compile(optimizer="sgd", loss="mse")
     model.fit(np.random.default_rng(0).standard_normal((30, 3)), np.zeros((30, 1)), batch_size=10, verbose=0)
-    assert bntools.inspect(model)[0].problems == [
-        "97% of the initial values 0.5 and 0.5 are still inside after 3 updates at momentum 0.99"
-    ]
+    expected = "97% of the initial values 0.5 and 0.5 are still inside after 3 updates at momentum 0.99"
+    assert bntools.inspect(model)[0].problems[0].startswith(expected)
 
 
 def test_training_false_does_not_hold_in_fit():
