@@ -120,7 +120,7 @@ def test_a_fit_that_raised_leaves_no_fit_behind():
 
 
 def test_frozen_statistics_are_left_alone():
-    """Where both callbacks meet, nothing is measured from the epoch on in which all are frozen, and a warning says so."""
+    """Where both callbacks meet, nothing is measured once all are frozen, and a warning says so."""
     model = network()
     callback = RecalibrateBatchNorm(X)
     with pytest.warns(UserWarning, match="all BN layers are frozen"):
