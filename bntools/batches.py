@@ -13,9 +13,9 @@ from bntools.errors import BntoolsError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: what the model gets, its place in the data, and how many samples it holds."""
+    """One micro-batch: what the model gets, its place in the data in words, and how many samples it holds."""
 
-    index: int
+    index: int | str
     content: Any
     samples: int
 
@@ -58,7 +58,8 @@ class Source:
             if samples := count(content):
                 taken = int(min(samples, self._left))
                 self._left -= taken
-                return Batch(self._index - 1, _cut(content, samples, taken), taken)
+                place = getattr(self._batches, "place", self._index - 1)
+                return Batch(place, _cut(content, samples, taken), taken)
         return None
 
     def give_back(self, batches: Iterable[Batch]) -> None:

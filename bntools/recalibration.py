@@ -69,7 +69,8 @@ def recalibrate(
     _check_arguments(method, prior, memory, tolerance, max_samples)
     backend = backends.of(model)
     model = backend.edit(model)
-    batches = backends.fed(model, batches, max_samples, whole=forward is not None)
+    own = forward is not None
+    batches = backends.fed(model, batches, max_samples, whole=own, joined=method == "exact" and not own)
     before = {layer.name: layer for layer in backend.layers(model)}
     chosen, untouched = _targets(list(before.values()), layers, backends.absence(model))
     if prior:

@@ -85,13 +85,14 @@ def _of_onnx_path(path: Path) -> ModuleType:
     )
 
 
-def fed(model: Any, batches: Any, max_samples: int | None = None, *, whole: bool = False) -> Any:
+def fed(model: Any, batches: Any, max_samples: int | None = None, *, whole: bool = False, joined: bool = False) -> Any:
     """What a user gave as batches for a model, as batches that every verb understands.
 
-    ``whole`` leaves each batch as it came, for a forward of the user's own.
+    ``whole`` leaves each batch as it came, for a forward of the user's own. With ``joined``, small ones may come
+    together as one, where that is faster.
     """
     found = getattr(of(model), "feed", None)
-    return batches if found is None else found(model, batches, max_samples, whole)
+    return batches if found is None else found(model, batches, max_samples, whole, joined)
 
 
 def canonical(model: Any, example: Any) -> Any:

@@ -12,10 +12,12 @@ import keras
 import numpy as np
 
 from bntools.backends.keras.calls import functional
+from bntools.backends.keras.segments import takes_any_batch
 from bntools.errors import BntoolsError
 from bntools.resizing import mapped, to_numpy
 
 CHUNK = 64  # samples at a time of what is given as one array
+JOINED = 1 << 24  # bytes of input: batches that are kept small for memory's sake stay so
 ENDLESS = 2_000_000  # samples of data without a length, more than ImageNet has, after which it is taken for endless
 
 
@@ -25,13 +27,35 @@ class Feed:
     It can be iterated as often as what it stands for. ``samples`` is how many there are, None if unknown.
     """
 
-    def __init__(self, model: Any, batches: Any, limited: bool, whole: bool = False):
+    place: int | str = 0  # of the batch that came last, in the user's own counting
+
+    def __init__(self, model: Any, batches: Any, limited: bool, whole: bool = False, joined: bool = False):
         self._model, self._batches, self._limited, self._whole = model, batches, limited, whole
+        self._joined = joined
         self.samples: int | None = getattr(batches, "samples", None)
         self.repeatable = isinstance(batches, keras.utils.PyDataset) or not hasattr(batches, "__next__")
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches. Raises BntoolsError for data that never ends or ends before it said it would."""
+        """The batches, small ones together where that was asked for."""
+        if not self._joined:
+            for place, content in enumerate(self._each()):
+                self.place = place
+                yield content
+            return
+        group: list[Any] = []
+        first = 0
+        for place, content in enumerate(self._each()):
+            if group and not _fit_together(group, content):
+                self.place = _span(first, len(group))
+                yield _together(group)
+                group, first = [], place
+            group.append(content)
+        if group:
+            self.place = _span(first, len(group))
+            yield _together(group)
+
+    def _each(self) -> Iterator[Any]:
+        """The batches as they come. Raises BntoolsError for data that never ends or ends before it said it would."""
         announced = _length(self._batches)
         if announced == np.inf and not self._limited:
             raise BntoolsError(_endless("the data never ends"))
@@ -48,15 +72,19 @@ class Feed:
             raise BntoolsError(f"the data ended after {found} batches, although it has {announced} by its own account")
 
 
-def feed(model: Any, batches: Any, max_samples: int | None = None, whole: bool = False) -> Iterable[Any]:
+def feed(
+    model: Any, batches: Any, max_samples: int | None = None, whole: bool = False, joined: bool = False
+) -> Iterable[Any]:
     """Batches as the verbs take them: a tf.data.Dataset, a keras.utils.PyDataset, arrays, or any iterable.
 
     An array, or a dict of them, is cut into batches of CHUNK samples. Of ``(x, y, weights)`` the model gets x; several
-    inputs become a dict by name. With ``whole``, for a caller's own forward, a batch stays as it is.
+    inputs become a dict by name. With ``whole``, for a caller's own forward, a batch stays as it is. With
+    ``joined``, batches of fewer than CHUNK samples and JOINED bytes come together, where that can make no difference
+    to the model: each costs Keras's bookkeeping once.
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         batches = _chunks(canonical(model, batches))
-    return Feed(model, batches, limited=max_samples is not None, whole=whole)
+    return Feed(model, batches, limited=max_samples is not None, whole=whole, joined=joined and takes_any_batch(model))
 
 
 def canonical(model: Any, batch: Any) -> Any:
@@ -77,6 +105,38 @@ def input_names(model: Any) -> list[str]:
     graph = functional(model)
     specs = graph.input_spec if hasattr(graph, "_inputs_struct") else None
     return [spec.name for spec in specs or []]
+
+
+def _fit_together(group: list[Any], content: Any) -> bool:
+    """Whether one more batch goes with those of a group: the same arrays of the same sizes, and not too many."""
+    parts = [_parts(one) for one in (*group, content)]
+    if any(names != parts[0][0] for names, _ in parts):
+        return False
+    arrays = [array for _, found in parts for array in found]
+    if not all(isinstance(array, np.ndarray) and array.ndim and array.dtype.kind in "fiub" for array in arrays):
+        return False
+    alike = all(
+        (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype)
+        for _, found in parts
+        for a, b in zip(found, parts[0][1], strict=True)
+    )
+    return alike and sum(len(found[0]) for _, found in parts) <= CHUNK and sum(a.nbytes for a in arrays) <= JOINED
+
+
+def _parts(content: Any) -> tuple[list[Any], list[Any]]:
+    return (list(content), list(content.values())) if isinstance(content, Mapping) else ([], [content])
+
+
+def _together(group: list[Any]) -> Any:
+    if len(group) == 1:
+        return group[0]
+    if isinstance(group[0], Mapping):
+        return {name: np.concatenate([one[name] for one in group]) for name in group[0]}
+    return np.concatenate(group)
+
+
+def _span(first: int, number: int) -> int | str:
+    return first if number == 1 else f"{first} to {first + number - 1}"
 
 
 def _is_dense(value: Any) -> bool:

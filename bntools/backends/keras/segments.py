@@ -21,7 +21,7 @@ from keras import tree
 from bntools.backends.keras.calls import functional, nodes_of
 from bntools.backends.keras.naming import inside, named
 
-TRACE_AFTER = 6  # batches of one shape
+TRACE_AFTER = 2  # batches of one shape
 STOCK = ("keras.", "bntools.")
 
 Values = dict[int, Any]
@@ -71,6 +71,18 @@ def segments_of(graph: Any, measured: set[int]) -> list[Segment]:
     if key not in known:
         known[key] = _cut(graph, measured)
     return known[key]
+
+
+def takes_any_batch(model: Any) -> bool:
+    """Whether what a model gives for a sample cannot depend on what else is in its batch, nor on how many there are.
+
+    True of functional models of Keras's own layers without states, where no input fixes its batch size.
+    """
+    nodes = nodes_of(model)
+    if nodes is None or any(tensor.shape[0] is not None for tensor in functional(model).inputs):
+        return False
+    stateful = any(getattr(layer, "stateful", False) for layer in named(model).values())
+    return not stateful and all(_is_stock(node.operation, set(), False) for node in nodes if node.operation)
 
 
 def forget(model: Any) -> None:

@@ -146,3 +146,19 @@ def test_shape_that_does_not_fit():
         match=r"the model failed on batch 0: ValueError: the model .* takes at its input .*and the batch has shape",
     ):
         bntools.recalibrate(model, [nets.images(channels=4)])
+
+
+def test_small_batches_come_together():
+    """Batches are joined up to 64 samples and 16 MiB, and messages tell which they were; odd ones stay apart."""
+    model = nets.residual_net()
+    fed = feeding.feed(model, [*nets.cut(nets.images(), 20), nets.images(2).astype(np.float64)], joined=True)
+    found = [(len(batch), fed.place) for batch in fed]
+    assert found == [(64, "0 to 3"), (2, 4)]
+    large = [np.zeros((4, 1024, 1024, 1), np.float32)] * 3
+    assert [len(batch) for batch in feeding.feed(model, large, joined=True)] == [4, 4, 4]
+    assert [len(batch) for batch in feeding.feed(nets.written(), nets.cut(nets.images(), 20), joined=True)] == [
+        20,
+        20,
+        20,
+        4,
+    ]
