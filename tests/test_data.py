@@ -50,7 +50,7 @@ def test_images_of_one_size_are_taken_as_they_are(tmp_path):
     assert all_of(batches).dtype == np.float32
     np.testing.assert_array_equal(sorted_rows(all_of(batches)), sorted_rows(expected))
     assert len(found) == 6
-    assert found.description == "6 images 3x12x10"
+    assert found.description == "6 images 3x12x10; scaled to 0..1"
     assert found.spec["resized"] is None
 
 
@@ -491,11 +491,11 @@ def test_late_damage_is_told_apart(tmp_path):
 def test_conversions_are_said(tmp_path):
     """The description counts images taken from grey to RGB or back, and transparency of palettes as alpha."""
     Image.new("L", (4, 4), 100).save(tmp_path / "a.png")
-    assert data.open(tmp_path, channels=3).description == "1 image 3x4x4; 1 converted to RGB"
-    assert data.open(tmp_path).description == "1 image 1x4x4"
+    assert data.open(tmp_path, channels=3).description == "1 image 3x4x4; scaled to 0..1; 1 converted to RGB"
+    assert data.open(tmp_path).description == "1 image 1x4x4; scaled to 0..1"
     assert data.open(tmp_path, size=(2, 2)).description == "1 image 1x2x2, resized and centre-cropped from 4x4"
     Image.new("P", (4, 4)).save(tmp_path / "b.png", transparency=0)
-    assert data.open(tmp_path).description == "2 images 3x4x4; 1 converted to RGB; alpha dropped in 1"
+    assert data.open(tmp_path).description == "2 images 3x4x4; scaled to 0..1; 1 converted to RGB; alpha dropped in 1"
     assert data.open(tmp_path, channels=1).spec["converted"] == 1
 
 

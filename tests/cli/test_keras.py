@@ -65,7 +65,7 @@ def test_the_story(run, bench):
     outcome = run("recalibrate model.keras data/")
     assert (outcome.status, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    assert lines[0] == "data/: 12 images 3x16x12, resized and centre-cropped from 20x18"
+    assert lines[0] == "data/: 12 images 3x16x12, resized and centre-cropped from 20x18; scaled to 0..1"
     assert lines[-1] == "wrote model.recalibrated.keras and model.recalibrated.json"
     record = json.loads(Path("model.recalibrated.json").read_text())
     assert record["residual"] < 1e-5

@@ -45,7 +45,7 @@ def test_the_story(run, bench):
     outcome = run("recalibrate model.onnx data/")
     assert (outcome.status, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
-    assert lines[0] == "data/: 12 images 3x8x8, resized and centre-cropped from 3 sizes"
+    assert lines[0] == "data/: 12 images 3x8x8, resized and centre-cropped from 3 sizes; scaled to 0..1"
     assert lines[-2].startswith("recalibrated 2 BN layers on 12 samples, residual ")
     assert lines[-1] == "wrote model.recalibrated.onnx and model.recalibrated.json"
     assert json.loads(Path("model.recalibrated.json").read_text())["residual"] < 1e-5

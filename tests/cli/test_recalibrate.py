@@ -30,7 +30,7 @@ def test_writes_the_model_and_a_record(run, desk):
     assert Path("model.pt").read_bytes() == before
     assert sorted(os.listdir()) == ["data", "model.pt", "model.recalibrated.json", "model.recalibrated.pt"]
     lines = outcome.out.splitlines()
-    assert lines[0] == "data/: 40 images 1x8x8"
+    assert lines[0] == "data/: 40 images 1x8x8; scaled to 0..1"
     assert lines[-2].startswith("recalibrated 3 BN layers on 40 samples, residual ")
     assert lines[-1] == "wrote model.recalibrated.pt and model.recalibrated.json"
 
