@@ -493,7 +493,10 @@ def test_conversions_are_said(tmp_path):
     Image.new("L", (4, 4), 100).save(tmp_path / "a.png")
     assert data.open(tmp_path, channels=3).description == "1 image 3x4x4; scaled to 0..1; 1 converted to RGB"
     assert data.open(tmp_path).description == "1 image 1x4x4; scaled to 0..1"
-    assert data.open(tmp_path, size=(2, 2)).description == "1 image 1x2x2, resized and centre-cropped from 4x4"
+    assert (
+        data.open(tmp_path, size=(2, 2)).description
+        == "1 image 1x2x2, resized and centre-cropped from 4x4; scaled to 0..1"
+    )
     Image.new("P", (4, 4)).save(tmp_path / "b.png", transparency=0)
     assert data.open(tmp_path).description == "2 images 3x4x4; scaled to 0..1; 1 converted to RGB; alpha dropped in 1"
     assert data.open(tmp_path, channels=1).spec["converted"] == 1

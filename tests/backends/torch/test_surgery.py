@@ -251,7 +251,9 @@ def test_tensors_left_by_training_do_not_stop_the_copy():
     assert bntools.fold(model, image(3)).folded == ["bn"]
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"]
+)
 def test_wrapped_models_fold(wrap):
     """The result is the module inside the wrapper."""
     model = behind_a_conv(nn.BatchNorm2d(4))
