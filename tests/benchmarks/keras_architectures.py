@@ -56,7 +56,10 @@ def _measure(name: str) -> dict[str, Any]:
     import keras
 
     import bntools
+    from bntools.backends.keras import feeding
     from bntools.layer import distance
+
+    feeding.TOGETHER = 1  # so that batches of 4 are not joined to the 16 that they are compared with
 
     keras.utils.set_random_seed(0)
     size = WIDER.get(name, 64)

@@ -17,6 +17,7 @@ from bntools.errors import BntoolsError
 from bntools.resizing import mapped, to_numpy
 
 CHUNK = 64  # samples at a time of what is given as one array
+TOGETHER = 64  # samples of small batches that come together
 JOINED = 1 << 24  # bytes of input: batches that are kept small for memory's sake stay so
 ENDLESS = 2_000_000  # samples of data without a length, more than ImageNet has, after which it is taken for endless
 
@@ -79,7 +80,7 @@ def feed(
 
     An array, or a dict of them, is cut into batches of CHUNK samples. Of ``(x, y, weights)`` the model gets x; several
     inputs become a dict by name. With ``whole``, for a caller's own forward, a batch stays as it is. With
-    ``joined``, batches of fewer than CHUNK samples and JOINED bytes come together, where that can make no difference
+    ``joined``, batches of fewer than TOGETHER samples and JOINED bytes come together, where that can make no difference
     to the model: each costs Keras's bookkeeping once.
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
@@ -120,7 +121,7 @@ def _fit_together(group: list[Any], content: Any) -> bool:
         for _, found in parts
         for a, b in zip(found, parts[0][1], strict=True)
     )
-    return alike and sum(len(found[0]) for _, found in parts) <= CHUNK and sum(a.nbytes for a in arrays) <= JOINED
+    return alike and sum(len(found[0]) for _, found in parts) <= TOGETHER and sum(a.nbytes for a in arrays) <= JOINED
 
 
 def _parts(content: Any) -> tuple[list[Any], list[Any]]:
