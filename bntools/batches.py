@@ -53,7 +53,8 @@ class Source:
             except BntoolsError:
                 raise
             except Exception as error:
-                raise BntoolsError(f"the data raised after {self._index} batches: {said(error)}") from error
+                read = getattr(self._batches, "read", self._index)
+                raise BntoolsError(f"the data raised after {read} batches: {said(error)}") from error
             self._index += 1
             if samples := count(content):
                 taken = int(min(samples, self._left))
@@ -106,6 +107,15 @@ def count(content: Any) -> int:
             f"a tuple or list whose first element is the input, or a dict of keyword inputs"
         )
     return int(shape[0]) if len(shape) else 1
+
+
+def shapes_of(batch: Any) -> str:
+    """The shapes of a batch, for messages."""
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {shapes_of(value)}" for key, value in batch.items())
+    value = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    shape = getattr(value, "shape", None)
+    return str(tuple(shape)) if shape is not None else type(value).__name__
 
 
 def said(error: BaseException) -> str:

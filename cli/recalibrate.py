@@ -55,9 +55,9 @@ def command(
 ) -> None:
     """Measure the BN statistics of MODEL anew on DATA, without training and without labels.
 
-    Writes MODEL.recalibrated.pt and the record MODEL.recalibrated.json beside it. DATA is a folder of
-    images, a .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a function
-    package.module:function that yields batches.
+    Writes MODEL.recalibrated, with the suffix that MODEL has, and the record MODEL.recalibrated.json beside it.
+    DATA is a folder of images, a .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a
+    function package.module:function that yields batches.
     """
     written, record_path = records.destinations(model, target, in_place, force)
     loaded = load(model, arch, allow)

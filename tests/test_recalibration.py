@@ -887,8 +887,10 @@ def test_ctrl_c_at_any_moment_changes_nothing_or_all():
     for moment in np.linspace(0.0005, 0.03, 60):
         signal.setitimer(signal.ITIMER_REAL, moment)
         try:
-            bntools.recalibrate(model, images().split(3))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                bntools.recalibrate(model, images().split(3))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             interrupted += 1
         now = everything(model)

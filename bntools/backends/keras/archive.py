@@ -199,10 +199,8 @@ def _record(held: Contents, place: Place, stored: dict[str, h5py.Dataset], steps
             scale=arrays.get("gamma"),
             shift=arrays.get("beta"),
             trainable=config.get("trainable", True),
-            trains=config.get("trainable", True)
-            and config.get("frozen") != "affine"
-            and bool(config["scale"] or config["center"]),
-            keeps_stats=config.get("frozen") == "stats",
+            trains=config.get("trainable", True) and bool(config["scale"] or config["center"]),
+            keeps_stats=False,  # a layer of bntools's own that does is no NORM, and leaves the file to Keras
             renorm=bool(config.get("renorm")),
             synchronized=bool(config.get("synchronized")),
             built=True,

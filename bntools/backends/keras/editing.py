@@ -31,7 +31,7 @@ def edit(model: keras.Model) -> keras.Model:
 
 
 def commit(model: keras.Model) -> None:
-    """Nothing is left to be stored."""
+    """Nothing is left to be stored; what was compiled for the verb is dropped."""
     forget(model)
 
 

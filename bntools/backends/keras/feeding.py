@@ -29,6 +29,7 @@ class Feed:
     """
 
     place: int | str = 0  # of the batch that came last, in the user's own counting
+    read = 0  # batches of the user's so far
 
     def __init__(self, model: Any, batches: Any, limited: bool, whole: bool = False, joined: bool = False):
         self._model, self._batches, self._limited, self._whole = model, batches, limited, whole
@@ -38,39 +39,46 @@ class Feed:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, small ones together where that was asked for."""
-        if not self._joined:
-            for place, content in enumerate(self._each()):
-                self.place = place
-                yield content
-            return
         group: list[Any] = []
-        first = 0
-        for place, content in enumerate(self._each()):
+        for content in self._each():
             if group and not _fit_together(group, content):
-                self.place = _span(first, len(group))
-                yield _together(group)
-                group, first = [], place
+                yield self._together(group, self.read - 1)
+                group = []
             group.append(content)
+            if not self._joined:
+                yield self._together(group, self.read)
+                group = []
         if group:
-            self.place = _span(first, len(group))
-            yield _together(group)
+            yield self._together(group, self.read)
+
+    def _together(self, group: list[Any], end: int) -> Any:
+        """Batches up to the one with the number ``end`` as one, and where they are in the data."""
+        start = end - len(group)
+        self.place = start if len(group) == 1 else f"{start} to {end - 1}"
+        if len(group) == 1:
+            return group[0]
+        if isinstance(group[0], Mapping):
+            return {name: np.concatenate([one[name] for one in group]) for name in group[0]}
+        return np.concatenate(group)
 
     def _each(self) -> Iterator[Any]:
         """The batches as they come. Raises BntoolsError for data that never ends or ends before it said it would."""
         announced = _length(self._batches)
         if announced == np.inf and not self._limited:
             raise BntoolsError(_endless("the data never ends"))
-        found = seen = 0
+        self.read = seen = 0
         for batch in _items(self._batches, announced):
             content = batch if self._whole else canonical(self._model, batch)
-            found += 1
+            self.read += 1
             if announced is None and not self._limited:
                 seen += _samples(content)
                 if seen > ENDLESS:
                     raise BntoolsError(_endless(f"the data gave more than {ENDLESS:,} samples and may never end"))
             yield content
-        if announced is not None and found < announced < np.inf:
-            raise BntoolsError(f"the data ended after {found} batches, although it has {announced} by its own account")
+        if announced is not None and self.read < announced < np.inf:
+            raise BntoolsError(
+                f"the data ended after {self.read} batches, although it has {announced} by its own account"
+            )
 
 
 def feed(
@@ -83,6 +91,8 @@ def feed(
     ``joined``, batches of fewer than TOGETHER samples and JOINED bytes come together, where that can make no difference
     to the model: each costs Keras's bookkeeping once.
     """
+    if isinstance(batches, Feed):  # of another model that is compared with this one
+        return batches
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         batches = _chunks(canonical(model, batches))
     return Feed(model, batches, limited=max_samples is not None, whole=whole, joined=joined and takes_any_batch(model))
@@ -110,34 +120,24 @@ def input_names(model: Any) -> list[str]:
 
 def _fit_together(group: list[Any], content: Any) -> bool:
     """Whether one more batch goes with those of a group: the same arrays of the same sizes, and not too many."""
-    parts = [_parts(one) for one in (*group, content)]
-    if any(names != parts[0][0] for names, _ in parts):
+    names, first = _parts(group[0])
+    others, arrays = _parts(content)
+    if names != others or not arrays or not all(map(_alike, first, arrays)):
         return False
-    arrays = [array for _, found in parts for array in found]
-    if not all(isinstance(array, np.ndarray) and array.ndim and array.dtype.kind in "fiub" for array in arrays):
-        return False
-    alike = all(
-        (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype)
-        for _, found in parts
-        for a, b in zip(found, parts[0][1], strict=True)
-    )
-    return alike and sum(len(found[0]) for _, found in parts) <= TOGETHER and sum(a.nbytes for a in arrays) <= JOINED
+    together = [array for one in (*group, content) for array in _parts(one)[1]]
+    samples = sum(map(len, together)) // len(arrays)
+    return samples <= TOGETHER and sum(array.nbytes for array in together) <= JOINED
 
 
 def _parts(content: Any) -> tuple[list[Any], list[Any]]:
     return (list(content), list(content.values())) if isinstance(content, Mapping) else ([], [content])
 
 
-def _together(group: list[Any]) -> Any:
-    if len(group) == 1:
-        return group[0]
-    if isinstance(group[0], Mapping):
-        return {name: np.concatenate([one[name] for one in group]) for name in group[0]}
-    return np.concatenate(group)
-
-
-def _span(first: int, number: int) -> int | str:
-    return first if number == 1 else f"{first} to {first + number - 1}"
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two arrays of numbers differ in nothing but how many samples they hold."""
+    if not all(isinstance(x, np.ndarray) and x.ndim and x.dtype.kind in "fiub" for x in (one, other)):
+        return False
+    return (one.shape[1:], one.dtype) == (other.shape[1:], other.dtype)
 
 
 def _is_dense(value: Any) -> bool:

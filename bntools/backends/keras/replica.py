@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import copy_context
 from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
-from greenlet import GreenletExit, getcurrent, greenlet
 
+from bntools import coroutines
 from bntools.backends.keras.lean import freeing, steps_once, steps_together
 from bntools.backends.keras.naming import norms
 from bntools.backends.keras.normalizing import masked_moments, normalized
@@ -77,30 +76,24 @@ class Replica:
     def __init__(self, walk: Walk, batch: Any):
         self._walk = walk
         self._batch = batch
-        self._greenlet = greenlet(self._run)
-        self._greenlet.gr_context = copy_context()
+        self._coroutine = coroutines.made(self._run)
 
     def advance(self) -> Arrival | None:
         """Run on to the next BN layer; None when the forward pass has come to its end."""
-        self._walk.running = self
-        return self._greenlet.switch()
+        self._resuming()
+        return self._coroutine.switch()
 
     def close(self) -> None:
         """End the replica where it stands; its context managers and finally blocks run."""
-        for _ in range(3):  # a bare except in the model may swallow the first
-            if self._greenlet.dead:
-                return
-            self._walk.running = self
-            self._greenlet.throw(GreenletExit)
+        coroutines.end(self._coroutine, self._resuming)
 
     def held(self) -> int:
         """Bytes of the tensors that the waiting replica holds, as far as its frames show them."""
-        seen: dict[int, int] = {}
-        frame = self._greenlet.gr_frame
-        while frame is not None:
-            _sizes(frame.f_locals.values(), seen)
-            frame = frame.f_back
-        return sum(seen.values())
+        found = {id(value): value for value in coroutines.held(self._coroutine)}
+        return sum(map(_bytes, found.values()))
+
+    def _resuming(self) -> None:
+        self._walk.running = self
 
     def _run(self) -> None:
         self._walk.attributes.fresh()
@@ -111,13 +104,10 @@ class Replica:
 
     def stop(self, arrival: Callable[[], Arrival]) -> None:
         """Wait at a layer (called by the model's forward pass, inside the greenlet)."""
-        if getcurrent() is not self._greenlet:
-            raise BntoolsError(
-                "a BN layer ran in another thread than its model's forward pass; recalibrate with method='precise'"
-            )
+        coroutines.check_current(self._coroutine)
         met = arrival()
         with self._walk.attributes.set_aside():
-            self._greenlet.parent.switch(met)
+            self._coroutine.parent.switch(met)
 
 
 class Walk:
@@ -181,20 +171,14 @@ def _stopping(layer: Any, normalize: str, meet: Callable[[Any, Any], None]) -> C
     return at_input
 
 
-def _sizes(values: Iterable[Any], seen: dict[int, int], depth: int = 4) -> None:
-    for value in values:
-        if type(value) in (list, tuple, dict):
-            if depth:
-                _sizes(value.values() if type(value) is dict else value, seen, depth - 1)
-        elif isinstance(value, np.ndarray):
-            seen[id(value)] = value.nbytes
-        elif keras.ops.is_tensor(value) and not isinstance(value, keras.KerasTensor):
-            seen[id(value)] = _bytes(value)
-
-
-def _bytes(tensor: Any) -> int:
+def _bytes(value: Any) -> int:
+    """The size of a tensor that holds numbers; 0 for anything else."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
+        return 0
     try:
-        width = np.dtype(keras.backend.standardize_dtype(tensor.dtype)).itemsize
+        width = np.dtype(keras.backend.standardize_dtype(value.dtype)).itemsize
     except TypeError:  # strings
         width = 8
-    return int(np.prod([size or 1 for size in tensor.shape], dtype=np.int64)) * width
+    return int(np.prod([size or 1 for size in value.shape], dtype=np.int64)) * width

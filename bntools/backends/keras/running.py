@@ -11,8 +11,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from bntools.backends.keras.calls import symbolic_inputs
 from bntools.backends.keras.feeding import canonical, input_names
-from bntools.backends.keras.inputs import takes
 
 Forward = Callable[[Any, Any], Any]
 
@@ -25,17 +25,6 @@ def call(model: Any, batch: Any, forward: Forward | None = None) -> Any:
     """
     with plain_errors():
         return _called(model, batch, forward)
-
-
-def _fits(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
-    return all(size in (None, there) for size, there in zip(declared, shape, strict=True))
-
-
-def _squeezed(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
-    """Whether Keras adds, or takes away, a last axis of length 1."""
-    if len(shape) == len(declared) - 1:
-        return declared[-1] == 1 and _fits(shape[1:], declared[1:-1])
-    return len(shape) == len(declared) + 1 and shape[-1] == 1 and _fits(shape[1:-1], declared[1:])
 
 
 @contextmanager
@@ -59,21 +48,30 @@ def _called(model: Any, batch: Any, forward: Forward | None) -> Any:
 
 
 def _check_shapes(model: Any, inputs: Any) -> None:
-    """Raise ValueError for sizes other than the model declares: layer by layer, Keras lets many of them pass."""
-    declared = takes(model)
-    given = inputs if isinstance(inputs, Mapping) else {one.name: inputs for one in declared[:1]}
-    for one in declared:
-        shape = tuple(getattr(given.get(one.name), "shape", ()))
-        if one.shape is None or not shape or _squeezed(shape, one.shape):
+    """Raise ValueError for sizes other than a graph declares: layer by layer, Keras lets many of them pass."""
+    names = input_names(model)
+    given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(names[:1], inputs)
+    for name, symbol in zip(names, symbolic_inputs(model), strict=True):
+        declared, shape = tuple(symbol.shape), tuple(getattr(given.get(name), "shape", ()))
+        if not shape or _squeezed(shape, declared):
             continue
-        if len(shape) != len(one.shape):
-            unbatched = len(shape) == len(one.shape) - 1 and _fits(shape, one.shape[1:])
+        if len(shape) != len(declared) or not _fits(shape[1:], declared[1:]):
+            unbatched = len(shape) == len(declared) - 1 and _fits(shape, declared[1:])
             hint = ": one sample without a batch axis? (a tf.data.Dataset: dataset.batch(32))" if unbatched else ""
-            raise ValueError(
-                f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}{hint}"
-            )
-        if not _fits(shape[1:], one.shape[1:]):
-            raise ValueError(f"the model {model.name!r} takes at its input {one}, and the batch has shape {shape}")
+            wanted = ", ".join("?" if size is None else str(size) for size in declared)
+            found = f"and the batch has shape {shape}{hint}"
+            raise ValueError(f"the model {model.name!r} takes ({wanted}) at its input {name!r}, {found}")
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
+    return all(size in (None, there) for size, there in zip(declared, shape, strict=True))
+
+
+def _squeezed(shape: tuple[int, ...], declared: tuple[int | None, ...]) -> bool:
+    """Whether Keras adds, or takes away, a last axis of length 1."""
+    if len(shape) == len(declared) - 1:
+        return declared[-1] == 1 and _fits(shape[1:], declared[1:-1])
+    return len(shape) == len(declared) + 1 and shape[-1] == 1 and _fits(shape[1:-1], declared[1:])
 
 
 def invoke(model: Any, inputs: Any) -> Any:

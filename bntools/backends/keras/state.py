@@ -32,7 +32,7 @@ class Attributes:
     def __init__(self, model: Any):
         own = [model, *named(model).values()]
         self._watched = [layer for layer in own if not type(layer).__module__.startswith("keras.")]
-        self._thread = [vars(global_state.GLOBAL_STATE_TRACKER)]
+        self._thread = vars(global_state.GLOBAL_STATE_TRACKER)
         self._context = _tf_context()
         self.open = True
         self._start = self._taken()
@@ -62,7 +62,7 @@ class Attributes:
             owner.update({key: copy.copy(value) for key, value in owner.items() if type(value) in (list, dict, set)})
 
     def _owners(self) -> list[dict[str, Any]]:
-        return [*self._thread, *(vars(layer) for layer in self._watched)]
+        return [self._thread, *(vars(layer) for layer in self._watched)]
 
     def _taken(self) -> tuple[list[State], State]:
         context = {} if self._context is None else {key: getattr(self._context, key) for key in _TF_CONTEXT}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from keras import tree
 from bntools.backends.keras.naming import named
 from bntools.backends.keras.running import Forward, call, predict, to_numpy
 from bntools.backends.keras.state import attributes_set, eagerly, variables_kept
+from bntools.batches import shapes_of
 from bntools.errors import BntoolsError
 from bntools.noise import brief
 from bntools.runner import Outputs, Runner, Trace, least_precise
@@ -60,7 +61,7 @@ def _run(model: Any, forward: Forward | None, batch: Any) -> Outputs:
         raise
     except Exception as error:  # whatever the model's own code raises, or TensorFlow of a shape that does not fit
         raise BntoolsError(
-            f"{type(model).__name__} {model.name!r} fails on the batch ({describe(batch)}): "
+            f"{type(model).__name__} {model.name!r} fails on the batch ({shapes_of(batch)}): "
             f"{type(error).__name__}: {brief(error)}"
         ) from error
 
@@ -131,12 +132,3 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
-
-
-def describe(batch: Any) -> str:
-    """The shapes of a batch, for messages."""
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
-    value = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    shape = getattr(value, "shape", None)
-    return str(tuple(shape)) if shape is not None else type(value).__name__

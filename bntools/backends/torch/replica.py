@@ -11,16 +11,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import copy_context
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
+from bntools import coroutines
 from bntools.backends.torch.eager import eager
 from bntools.backends.torch.layers import has_train_mode, modules, unwrap
 from bntools.backends.torch.layout import Layout
@@ -84,7 +84,7 @@ class Replica:
         self._stops = self._skip = 0
         self._converted = False
         self.outputs: list[weakref.ref[torch.Tensor]] = []
-        self._greenlet = self._started()
+        self._coroutine = coroutines.made(self._run)
 
     def advance(self) -> Arrival | None:
         """Run on to the next BN layer; None when the forward pass has come to its end."""
@@ -97,36 +97,30 @@ class Replica:
         # in the model's own layout and passes the layers that it has behind it without stopping.
         self._walk.layout.give_up()
         self._skip, self._stops = self._stops, 0
-        self._greenlet = self._started()
+        self._coroutine = coroutines.made(self._run)
         return self._switch()
 
     def close(self) -> None:
         """End the replica where it stands; its context managers and finally blocks run."""
-        for _ in range(3):  # a bare except in the model may swallow the first
-            if self._greenlet.dead:
-                return
-            self._walk.running = self
-            self._greenlet.throw(GreenletExit)
+        coroutines.end(self._coroutine, self._resuming)
 
     def held(self) -> int:
         """Bytes of the tensors that the waiting replica holds, the model's own not counted."""
         # Outputs of modules, for what lies on a frame's value stack ("cat([a(x), b(x)])") is not in its locals.
-        seen: dict[int, int] = {}
-        _sizes((output() for output in self.outputs), seen)
-        frame = self._greenlet.gr_frame
-        while frame is not None:
-            _sizes(frame.f_locals.values(), seen)
-            frame = frame.f_back
-        return sum(size for pointer, size in seen.items() if pointer not in self._walk.own)
+        outputs = coroutines.leaves(output() for output in self.outputs)
+        sizes: dict[int, int] = {}
+        for value in chain(outputs, coroutines.held(self._coroutine)):
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                storage = value.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(size for pointer, size in sizes.items() if pointer not in self._walk.own)
 
-    def _started(self) -> greenlet:
-        started = greenlet(self._run)
-        started.gr_context = copy_context()
-        return started
+    def _resuming(self) -> None:
+        self._walk.running = self
 
     def _switch(self) -> Arrival | None:
-        self._walk.running = self
-        return self._greenlet.switch()
+        self._resuming()
+        return self._coroutine.switch()
 
     def _run(self) -> None:
         self._walk.attributes.fresh()
@@ -138,19 +132,16 @@ class Replica:
 
     def is_current(self) -> bool:
         """Whether the calling code is this replica's."""
-        return getcurrent() is self._greenlet
+        return coroutines.is_current(self._coroutine)
 
     def stop(self, arrival: Callable[[], Arrival]) -> None:
         """Wait at a layer (called by the model's forward pass, inside the greenlet)."""
-        if not self.is_current():
-            raise BntoolsError(
-                "a BN layer ran in another thread than its model's forward pass; recalibrate with method='precise'"
-            )
+        coroutines.check_current(self._coroutine)
         self._stops += 1
         if self._stops > self._skip:
             met = arrival()
             with self._walk.attributes.set_aside(), self._walk.ambient.restored():
-                self._greenlet.parent.switch(met)
+                self._coroutine.parent.switch(met)
 
 
 class Walk:
@@ -254,12 +245,3 @@ def _each_output(note: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _sizes(values: Iterable[Any], seen: dict[int, int], depth: int = 4) -> None:
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif depth and type(value) in (list, tuple, dict):
-            _sizes(value.values() if type(value) is dict else value, seen, depth - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bntools.backends.torch.layers import unwrap
 from bntools.backends.torch.running import Forward, call, eval_mode, predict, to_numpy
+from bntools.batches import shapes_of
 from bntools.errors import BntoolsError
 from bntools.runner import Outputs, Runner, Trace, least_precise
 
@@ -51,7 +52,7 @@ def _run(model: nn.Module, forward: Forward | None, batch: Any) -> Outputs:
         raise
     except Exception as error:  # whatever the model's own code raises
         raise BntoolsError(
-            f"{type(model).__name__} fails on the batch ({describe(batch)}): {type(error).__name__}: {error}"
+            f"{type(model).__name__} fails on the batch ({shapes_of(batch)}): {type(error).__name__}: {error}"
         ) from error
 
 
@@ -132,12 +133,3 @@ def _set(owners: list[tuple[Any, str]], values: list[Any], current: list[Any]) -
     for (owner, name), value, now in zip(owners, values, current, strict=True):
         if value != now:
             setattr(owner, name, value)
-
-
-def describe(batch: Any) -> str:
-    """The shapes of a batch, for messages."""
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{key}: {describe(value)}" for key, value in batch.items())
-    value = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    shape = getattr(value, "shape", None)
-    return str(tuple(shape)) if shape is not None else type(value).__name__

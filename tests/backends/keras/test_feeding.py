@@ -143,7 +143,7 @@ def test_shape_that_does_not_fit():
     model = nets.residual_net()
     with pytest.raises(
         BntoolsError,
-        match=r"the model failed on batch 0: ValueError: the model .* takes at its input .*and the batch has shape",
+        match=r"the model failed on batch 0: ValueError: the model .* takes .* at its input .*and the batch has shape",
     ):
         bntools.recalibrate(model, [nets.images(channels=4)])
 
@@ -162,3 +162,23 @@ def test_small_batches_come_together():
         20,
         4,
     ]
+
+
+def test_data_that_raises_is_counted_as_the_user_counts():
+    """Of batches that come together, a failure of the data still tells how many were read."""
+
+    def images():
+        yield from nets.cut(nets.images(), 16)[:3]
+        raise ValueError("no fourth file")
+
+    with pytest.raises(BntoolsError, match="the data raised after 3 batches: ValueError: no fourth file"):
+        bntools.recalibrate(nets.residual_net(), images())
+
+
+def test_two_keras_models_read_the_data_once():
+    """verify feeds both models from one reading: a generator is enough."""
+    model = nets.residual_net()
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    check = bntools.verify(model, twin, (batch for batch in nets.cut(nets.images(), 16)))
+    assert (check.passed, check.samples) == (True, 64)
