@@ -118,12 +118,13 @@ class Domain:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``inspect(model, batches)`` returns: a sequence of its ``layers``, in model order, and what follows from them.
+    """What ``inspect(model, batches)`` returns: a sequence of its ``layers``, in model order, and what they tell.
 
-    ``modes`` compare eval and train mode; ``alone`` is the largest scale-relative difference between the eval-mode output
-    of a sample by itself and in a batch (0 up to rounding, None where it was not taken). ``convergence`` is how the standard
-    error of the worst channel's mean, in stored standard deviations, fell with the number of samples. ``advice`` begins with what
-    to do first. ``untouched`` gives the reason for each layer that was not measured. ``notes`` are sentences worth reading.
+    ``modes`` compare eval and train mode; ``alone`` is the largest scale-relative difference between the eval-mode
+    output of a sample by itself and in a batch (0 up to rounding, None where it was not taken). ``convergence`` is how
+    the standard error of the worst channel's mean, in stored standard deviations, fell with the number of samples.
+    ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer that was not measured.
+    ``notes`` are sentences worth reading.
     """
 
     samples: int
