@@ -36,7 +36,9 @@ class LayerDrift:
     independent. ``dead`` names channels whose values do not vary. ``gap`` is the share of the whole model's difference
     between eval mode's output and that with the data's own statistics that goes back when this layer alone is given its
     measured statistics; None where it was not taken. ``histogram`` holds edges (bins + 1,) and counts (bins,) of what
-    eval mode brings to the layer, normalized by its stored statistics; None where it was not asked for.
+    eval mode brings to the layer, normalized by its stored statistics; None where it was not asked for. ``calls`` is
+    how often a forward pass calls the layer, ``call_gap`` how far the statistics of its calls, each for itself, are
+    from those of all calls together, in standard deviations of the latter (``domains.course`` measures both).
     """
 
     layer: BatchNorm
@@ -50,6 +52,8 @@ class LayerDrift:
     dead: list[int] = field(default_factory=list)
     gap: float | None = None
     histogram: tuple[np.ndarray, np.ndarray] | None = None
+    calls: int = 1
+    call_gap: float = 0.0
 
     @property
     def name(self) -> str:
@@ -107,13 +111,17 @@ class Preprocessing:
 class Domain:
     """One part of the data, a subfolder for one: its number of samples, and how far its statistics are from all data's.
 
-    ``drift`` is the largest over the layers, ``noise`` what parts of that size, drawn at random, would show.
+    ``drift`` is the largest over the layers of the root mean square over a layer's channels, in standard deviations of
+    all data; ``noise`` what parts of that size, drawn at random, would show there. ``look`` and ``look_noise`` are the
+    same for the first layer alone: classes differ in what deep layers look for, cameras and sites in the first already.
     """
 
     name: str
     samples: int
     drift: float
     noise: float
+    look: float = 0.0
+    look_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,9 @@ class Diagnosis:
     ``modes`` compare eval and train mode; ``alone`` is the largest scale-relative difference between the eval-mode
     output of a sample by itself and in a batch (0 up to rounding, None where it was not taken). ``convergence`` is how
     the standard error of the worst channel's mean, in stored standard deviations, fell with the number of samples.
-    ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer that was not measured.
-    ``notes`` are sentences worth reading.
+    ``course`` are the first and the second half of the data, in the order in which it came, as domains: do its
+    statistics move as it goes? ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer
+    that was not measured. ``notes`` are sentences worth reading.
     """
 
     samples: int
@@ -134,6 +143,7 @@ class Diagnosis:
     alone: float | None = None
     preprocessing: list[Preprocessing] = field(default_factory=list)
     domains: list[Domain] = field(default_factory=list)
+    course: list[Domain] = field(default_factory=list)
     convergence: list[tuple[int, float]] = field(default_factory=list)
     untouched: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
