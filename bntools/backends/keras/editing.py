@@ -9,7 +9,7 @@ import numpy as np
 
 from bntools.backends.keras.found import write
 from bntools.backends.keras.naming import named, norms
-from bntools.backends.keras.segments import forget
+from bntools.backends.keras.segments import forget_changed
 from bntools.errors import BntoolsError
 
 
@@ -18,7 +18,7 @@ def edit(model: keras.Model) -> keras.Model:
 
     Raises BntoolsError for a model whose variables do not exist yet.
     """
-    forget(model)
+    forget_changed(model)
     layers = named(model)
     unbuilt = [name for name, layer in norms(model).items() if not layer.built]
     if unbuilt or (not model.built and not any(layer.variables for layer in layers.values())):
@@ -31,8 +31,7 @@ def edit(model: keras.Model) -> keras.Model:
 
 
 def commit(model: keras.Model) -> None:
-    """Nothing is left to be stored; what was compiled for the verb is dropped."""
-    forget(model)
+    """Nothing is left to be stored."""
 
 
 def handed(new: keras.Model, like: keras.Model) -> keras.Model:

@@ -22,6 +22,8 @@ from bntools.backends.keras.calls import functional, nodes_of
 from bntools.backends.keras.naming import inside, named
 
 TRACE_AFTER = 2  # batches of one shape
+SHAPES = 8  # of which a segment is kept compiled
+DEPTH = 4  # of containers in a layer's attributes that are looked into
 STOCK = ("keras.", "bntools.")
 
 Values = dict[int, Any]
@@ -37,7 +39,15 @@ class Walking(Protocol):
         """A context in which BN layers do not stop."""
 
 
-_traced: WeakKeyDictionary[Any, dict[frozenset[int], list[Segment]]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Traced:
+    """The segments of one graph, by the layers to stop at, and the attributes of its layers at that time."""
+
+    attributes: list[Any]
+    segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict)
+
+
+_traced: WeakKeyDictionary[Any, Traced] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -65,9 +75,9 @@ class Segment:
 def segments_of(graph: Any, measured: set[int]) -> list[Segment]:
     """The segments of a functional model; ``measured`` are the BN layers to stop at, by ``id``.
 
-    They are kept, with what was traced, until ``forget``: verbs call it before they start and when they are done.
+    They are kept, with what was traced, for the verbs that come: ``forget_changed`` drops them where they no longer hold.
     """
-    known, key = _traced.setdefault(graph, {}), frozenset(measured)
+    known, key = _traced.setdefault(graph, Traced([])).segments, frozenset(measured)
     if key not in known:
         known[key] = _cut(graph, measured)
     return known[key]
@@ -85,10 +95,16 @@ def takes_any_batch(model: Any) -> bool:
     return not stateful and all(_is_stock(node.operation, set(), False) for node in nodes if node.operation)
 
 
-def forget(model: Any) -> None:
-    """Drop what was traced of a model, which somebody may change now."""
+def forget_changed(model: Any) -> None:
+    """Drop what was traced of a model if its layers have other attributes by now; variables are read as it runs.
+
+    Every verb calls it before it sets attributes of its own.
+    """
     for one in (model, *named(model).values()):
-        _traced.pop(functional(one), None)
+        if (graph := functional(one)) is not None and nodes_of(one):
+            now = _attributes(graph)
+            if graph not in _traced or not _same(_traced[graph].attributes, now):
+                _traced[graph] = Traced(now)
 
 
 def run(segment: Segment, values: Values, call: Callable[[Any], Any], walk: Walking) -> bool:
@@ -103,6 +119,8 @@ def run(segment: Segment, values: Values, call: Callable[[Any], Any], walk: Walk
         return False
     key = tuple((tuple(x.shape), x.dtype) for x in given)
     if key not in segment.functions:
+        if len(segment.functions) >= SHAPES:
+            return False
         segment.seen[key] = segment.seen.get(key, 0) + 1
         if segment.seen[key] <= TRACE_AFTER:
             return False
@@ -203,3 +221,26 @@ def _calls_stock(operation: Any) -> bool:
     """Whether the functions that an operation was given, its activation for one, are Keras's own as well."""
     given = [value for value in vars(operation).values() if isinstance(value, (FunctionType, MethodType, partial))]
     return all(str(getattr(value, "__module__", "")).startswith(STOCK) for value in given)
+
+
+def _attributes(graph: Any) -> list[Any]:
+    """What the layers of a graph are and hold, those inside of them as well; objects as they are, containers copied."""
+    operations = [node.operation for node in nodes_of(graph) or [] if node.operation]
+    held = [one for operation in operations if isinstance(operation, keras.layers.Layer) for one in inside(operation)]
+    return [_content(part) for one in (*operations, *held) for part in (type(one), vars(one))]
+
+
+def _content(value: Any, depth: int = DEPTH) -> Any:
+    if depth and isinstance(value, dict):
+        return [(_content(key, 0), _content(each, depth - 1)) for key, each in value.items()]
+    if depth and isinstance(value, (list, tuple, set)):
+        return [_content(each, depth - 1) for each in value]
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two contents are of the same objects, plain values compared by what they are."""
+    if isinstance(one, (list, tuple)) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    plain = (bool, int, float, str)
+    return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
