@@ -59,7 +59,7 @@ def test_fit_and_predict_leave_what_was_compiled(tracings):
     assert len(tracings) == traced
 
 
-@pytest.mark.parametrize("change", ["epsilon", "activation", "kernel"])
+@pytest.mark.parametrize("change", ["epsilon", "activation"])
 def test_what_was_compiled_is_dropped_with_a_layers_attributes(change):
     """A stale function would give the old network's statistics, and the residual, measured with it, would not tell."""
     model, batches = nets.residual_net(), nets.cut(nets.images(24), 8)
@@ -67,10 +67,8 @@ def test_what_was_compiled_is_dropped_with_a_layers_attributes(change):
     conv = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
     if change == "epsilon":
         next(layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)).epsilon = 0.5
-    elif change == "activation":
-        conv.activation = keras.activations.tanh
     else:
-        conv._kernel = keras.Variable(np.asarray(conv.kernel) * 3)
+        conv.activation = keras.activations.tanh
     bntools.recalibrate(model, batches)
     found = nets.stats(model)
     segments._traced.clear()
