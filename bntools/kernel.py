@@ -22,10 +22,10 @@ OFFSET = 32.0  # mean square against variance, beyond which float32 squares lose
 Sums = tuple[np.ndarray, np.ndarray]
 
 
-def moments_of(x: np.ndarray, per_sample: bool = False, axis: int = 1) -> tuple[Moments, Moments | None]:
-    """Moments of a layer's input of shape (N, ...) per channel, and over the N samples' own means if asked for.
+def moments_of(x: np.ndarray, per_sample: bool = False, axis: int = 1) -> tuple[Moments, np.ndarray | None]:
+    """Moments of a layer's input of shape (N, ...) per channel, and the N samples' own means if asked for.
 
-    The channels lie on ``axis``.
+    The channels lie on ``axis``; the means have shape (N, channels).
     Half precision is measured in float32. Short runs of values give their sum and their sum of squares
     in float32, which are merged in float64. Where the mean is large against the spread, which would
     cancel in the squares, the values are measured again about their mean, and where the squares of
@@ -35,7 +35,7 @@ def moments_of(x: np.ndarray, per_sample: bool = False, axis: int = 1) -> tuple[
         return _channels_last(x, per_sample)
     x = x if axis % x.ndim == 1 else np.ascontiguousarray(np.moveaxis(x, axis, 1))
     if x.dtype not in (np.float16, np.float32) or x.ndim < 3 or not x.size:
-        return Moments.of(x), _of_means(x.reshape(*x.shape[:2], -1).mean(-1, np.float64), per_sample)
+        return Moments.of(x), _means(x) if per_sample else None
     samples, channels = x.shape[:2]
     rows = x.astype(np.float32, copy=False).reshape(samples * channels, -1)
     length = rows.shape[1]
@@ -50,11 +50,11 @@ def moments_of(x: np.ndarray, per_sample: bool = False, axis: int = 1) -> tuple[
         offs, squares = (total.reshape(samples, channels) for total in _sums(rows, np.tile(about, samples)[:, None]))
         off, sums = offs.sum(0), offs + about.astype(np.float64) * length
         mean, m2 = about + off / count, squares.sum(0) - off * off / count
-    return Moments(count, mean, np.maximum(m2, 0)), _of_means(sums / length, per_sample)
+    return Moments(count, mean, np.maximum(m2, 0)), sums / length if per_sample else None
 
 
-def _channels_last(x: np.ndarray, per_sample: bool) -> tuple[Moments, Moments | None]:
-    means = _of_means(x.reshape(len(x), -1, x.shape[-1]).mean(1, np.float64), True) if per_sample and x.size else None
+def _channels_last(x: np.ndarray, per_sample: bool) -> tuple[Moments, np.ndarray | None]:
+    means = x.reshape(len(x), -1, x.shape[-1]).mean(1, np.float64) if per_sample and x.size else None
     if x.dtype not in (np.float16, np.float32) or not x.size:
         return Moments.of(x, axis=-1), means
     rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
@@ -99,8 +99,8 @@ def _column_sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:
     return totals[0], totals[1]
 
 
-def _of_means(means: np.ndarray, wanted: bool) -> Moments | None:
-    return Moments.of(means) if wanted else None
+def _means(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x.reshape(*x.shape[:2], -1).mean(-1, np.float64)) if x.size else np.zeros((0, x.shape[1]))
 
 
 def _sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:

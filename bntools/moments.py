@@ -92,13 +92,15 @@ class Moments:
 class Arrival:
     """A replica stands at a layer and hands over the moments of the layer's input.
 
-    ``samples`` are the moments over the samples' own means, measured only where standard errors are
-    wanted: values within one sample are not independent, samples are.
+    ``samples`` are the samples' own means, of shape (samples, features), measured only where standard errors are
+    wanted: values within one sample are not independent, samples are. ``values`` is the input itself, of
+    shape (values, features), only of layers whose values were asked for.
     """
 
     layer: str
     moments: Moments
-    samples: Moments | None = None
+    samples: np.ndarray | None = None
+    values: np.ndarray | None = None
 
 
 def merged(parts: Iterable[Moments]) -> Moments:

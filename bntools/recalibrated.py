@@ -33,7 +33,8 @@ class Recalibration:
     ``residual`` is the worst over the layers, None where it was not measured. ``untouched`` gives the
     reason for each layer that kept its statistics. ``virtual_batches`` is 1 where all data went through
     together. ``standard_error`` is that of the worst channel's mean, in standard deviations, with samples as
-    units; measured where a tolerance was asked for. ``notes`` are sentences worth reading.
+    units; measured where a tolerance was asked for, as is ``convergence``: how it fell with the number of samples, as
+    pairs of the two. ``notes`` are sentences worth reading.
     """
 
     samples: int
@@ -44,6 +45,7 @@ class Recalibration:
     virtual_batches: int = 1
     standard_error: float | None = None
     notes: list[str] = field(default_factory=list)
+    convergence: list[tuple[int, float]] = field(default_factory=list)
     _restore: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __str__(self) -> str:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from bntools import backends
 from bntools.batches import Batch, Source, is_repeatable
+from bntools.course import convergence
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
-from bntools.layer import BatchNorm, Selection, distance, select
+from bntools.layer import BatchNorm, Selection, distance
+from bntools.measurement import Job, Progress, exact, targets
 from bntools.moments import Moments
 from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
-from bntools.replicas import Measured, Order, one_by_one, virtual_batch
+from bntools.replicas import Measured, one_by_one
 
 METHODS = ("exact", "precise", "ema")
 FEW = 4  # samples on which two memory layouts are compared
-PILOT = 64  # samples from which a first standard error is taken
-SPARE = 0.6  # of the memory: activations come and go, and an allocator's gaps took up to half as much more (glibc 2.36)
-
-Progress = Callable[[str, int, int | None], None]
 
 
 def recalibrate(
@@ -72,10 +68,10 @@ def recalibrate(
     own = forward is not None
     batches = backends.fed(model, batches, max_samples, whole=own, joined=method == "exact" and not own)
     before = {layer.name: layer for layer in backend.layers(model)}
-    chosen, untouched = _targets(list(before.values()), layers, backends.absence(model))
+    chosen, untouched = targets(list(before.values()), layers, backends.absence(model))
     if prior:
         _check_prior(before[name] for name in chosen)
-    job = _Job(
+    job = Job(
         backend=backend,
         model=model,
         forward=forward,
@@ -103,6 +99,7 @@ def recalibrate(
         untouched=untouched,
         virtual_batches=passes,
         standard_error=error,
+        convergence=convergence(measured.courses, job.stds(measured), measured.samples),
         notes=notes,
         _restore=job.undo,
     )
@@ -110,99 +107,15 @@ def recalibrate(
     return result
 
 
-@dataclass
-class _Job:
-    """One recalibration: the model, the layers to measure as they were, and how to write and undo."""
-
-    backend: ModuleType
-    model: Any
-    forward: Callable[[Any, Any], Any] | None
-    before: dict[str, BatchNorm]
-    prior: float
-    progress: Progress
-    memory: float
-    samples: int | None
-
-    def report(self, what: str, samples: int) -> None:
-        """Tell how far it is."""
-        self.progress(what, samples, self.samples)
-
-    def measuring(self, names: Iterable[str], **options: Any) -> Any:
-        """The back end's ``measuring`` on this model."""
-        return self.backend.measuring(self.model, list(names), forward=self.forward, **options)
-
-    def store(self, name: str, moments: Moments, samples: int, updates: int | None = None) -> None:
-        """Store what was measured of a layer, blended with the prior."""
-        moments = moments.numpy().blend(Moments.from_variance(1, *self.before[name].stats), samples, self.prior)
-        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()):
-            raise BntoolsError(
-                f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers that "
-                f"are not finite: choose a smaller prior"
-            )
-        self.backend.write(self.model, {name: (moments.mean, moments.var, updates)})
-
-    def restore(self) -> None:
-        """Write the statistics as they were."""
-        self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
-
-    def undo(self) -> None:
-        """Give the user's model the statistics that it had."""
-        self.restore()
-        self.backend.commit(self.model)
-
-
-def _measured(job: _Job, method: str, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
+def _measured(job: Job, method: str, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
     """What the method measures, in how many virtual batches, and the standard error if it was asked for."""
     if method == "exact":
-        return _exact(job, source, tolerance)
+        return exact(job, source, tolerance)
     with job.measuring(job.before, normalize="batch" if method == "precise" else "update") as start:
         return one_by_one(start, source, "recalibrating", job.report), 0, None
 
 
-def _exact(job: _Job, source: Source, tolerance: float | None) -> tuple[Measured, int, float | None]:
-    """Virtual batches until the data, or what the tolerance needs of it, is used up.
-
-    With a tolerance, a first virtual batch tells how many samples are needed; while memory
-    allows, they run together with the first ones as one larger virtual batch.
-    """
-    order, total, passes, error = Order(list(job.before)), Measured(), 0, None
-    wanted: float = math.inf if tolerance is None else PILOT
-
-    def report(what: str, samples: int) -> None:
-        job.progress(what, total.samples + samples, job.samples)
-
-    def release(name: str, moments: Moments, samples: int) -> None:
-        # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
-        moments = moments.merge(total.moments[name]) if name in total.moments else moments
-        if moments.count > 1:
-            job.store(name, moments, total.samples + samples)
-
-    with job.measuring(job.before, per_sample=tolerance is not None, memory=job.memory, waiting=True) as start:
-        memory = (job.memory - start.held) * SPARE
-        while True:
-            part = virtual_batch(start, source, order, release, memory=memory, wanted=wanted, progress=report)
-            if part is None:
-                return total, passes, error
-            both = _pooled(total, part)
-            if tolerance is not None:
-                error = _standard_error(job, both)
-                if error > tolerance and part.samples >= wanted:
-                    source.give_back(part.batches)
-                    wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
-                    continue
-            total, passes = both, passes + 1
-            if tolerance is not None and error is not None and error <= tolerance:
-                return total, passes, error
-
-
-def _pooled(total: Measured, part: Measured) -> Measured:
-    pooled = Measured(batches=[*total.batches, *part.batches] if not total.samples else [])
-    pooled.include(total)
-    pooled.include(part)
-    return pooled
-
-
-def _finish(job: _Job, measured: Measured, write: bool) -> dict[str, str]:
+def _finish(job: Job, measured: Measured, write: bool) -> dict[str, str]:
     """Write the pooled statistics; returns the layers that were never reached."""
     if not measured.samples:
         raise BntoolsError("the data holds no samples: nothing was measured")
@@ -222,7 +135,7 @@ def _finish(job: _Job, measured: Measured, write: bool) -> dict[str, str]:
     return {name: "never reached in a forward pass" for name in job.before if name not in measured.moments}
 
 
-def _residuals(job: _Job, measured: Measured, batches: Any) -> tuple[dict[str, float], list[str]]:
+def _residuals(job: Job, measured: Measured, batches: Any) -> tuple[dict[str, float], list[str]]:
     """What eval mode now sees at each layer, against what is stored."""
     notes = []
     if measured.batches:
@@ -243,7 +156,7 @@ def _residuals(job: _Job, measured: Measured, batches: Any) -> tuple[dict[str, f
     return {name: _gap(stored[name], moments.numpy()) for name, moments in seen.items()}, notes
 
 
-def _same_in_any_layout(job: _Job, stored: dict[str, BatchNorm], names: Iterable[str], batch: Batch) -> bool:
+def _same_in_any_layout(job: Job, stored: dict[str, BatchNorm], names: Iterable[str], batch: Batch) -> bool:
     """Whether the model computes the same, to rounding, in the layout in which it was measured and in its own."""
     means = []
     for memory in (0, job.memory):
@@ -263,50 +176,12 @@ def _gap(layer: BatchNorm, seen: Moments) -> float:
     return distance(layer.stats, (seen.mean, seen.var), layer.eps)
 
 
-def _changes(job: _Job, measured: Measured, residuals: dict[str, float]) -> Iterator[LayerChange]:
+def _changes(job: Job, measured: Measured, residuals: dict[str, float]) -> Iterator[LayerChange]:
     for after in job.backend.layers(job.model):
         if after.name in measured.moments:
             before = job.before[after.name]
             drift = distance(before.stats, after.stats, before.eps)
             yield LayerChange(after.name, before, after, drift, residuals.get(after.name))
-
-
-def _standard_error(job: _Job, measured: Measured) -> float:
-    """The largest standard error of a channel's mean, in the layer's standard deviations."""
-    return max(
-        float(np.max(moments.standard_error() / np.sqrt(measured.moments[name].numpy().var + job.before[name].eps)))
-        for name, moments in measured.sample_moments.items()
-    )
-
-
-def _targets(
-    layers: list[BatchNorm], wanted: Selection, absence: Callable[[], str] | None
-) -> tuple[list[str], dict[str, str]]:
-    """The names to recalibrate, and the reason for each of the others."""
-    selected = {layer.name for layer in select(layers, wanted, absence)}
-    reasons = {layer.name: _reason(layer, layer.name in selected, named=wanted is not None) for layer in layers}
-    chosen = [name for name, reason in reasons.items() if reason is None]
-    untouched = {name: reason for name, reason in reasons.items() if reason is not None}
-    if not chosen:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(untouched.items())[:5])
-        raise BntoolsError(f"none of the {len(layers)} BN layers can be recalibrated ({listed})")
-    return chosen, untouched
-
-
-def _reason(layer: BatchNorm, selected: bool, named: bool) -> str | None:
-    if not selected:
-        return "not selected by layers="
-    if layer.obstacle:
-        return layer.obstacle
-    if not layer.initialized:
-        raise BntoolsError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
-    if not layer.tracked:
-        return "keeps no statistics (track_running_stats=False)"
-    if not layer.pooled:
-        return "instance normalization: its statistics are averages over instances, not moments of the data"
-    if layer.stats_frozen and not named:
-        return "frozen: name it in layers= to recalibrate it"
-    return None
 
 
 def _check_prior(layers: Iterable[BatchNorm]) -> None:

@@ -19,9 +19,11 @@ from typing import Protocol
 import numpy as np
 
 from bntools.batches import Batch, Source, said
+from bntools.course import Course
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Arrival, Moments, merged
+from bntools.runner import Outputs
 
 Progress = Callable[[str, int], None]  # what is done, and for how many samples so far
 
@@ -38,33 +40,39 @@ class Replica(Protocol):
     def held(self) -> int:
         """Bytes held while it waits."""
 
+    def outputs(self) -> Outputs:
+        """What the model gave, by name, once it has come to its end; where outputs were asked for."""
+
 
 @dataclass
 class Measured:
-    """What passes over the data have measured: moments per layer, and what was noticed."""
+    """What passes over the data have measured: moments per layer, courses over the samples, and what was noticed."""
 
     samples: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
-    sample_moments: dict[str, Moments] = field(default_factory=dict)
+    courses: dict[str, Course] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     batches: list[Batch] = field(default_factory=list)
 
     def add(self, arrival: Arrival) -> None:
         """Pool one arrival."""
-        _pool(self.moments, arrival.layer, arrival.moments)
+        self._pool(arrival.layer, arrival.moments)
         if arrival.samples is not None:
-            _pool(self.sample_moments, arrival.layer, arrival.samples)
+            self.courses.setdefault(arrival.layer, Course()).add(arrival.samples)
 
     def include(self, other: Measured) -> None:
         """Pool what another pass has measured."""
         self.samples += other.samples
         for name, moments in other.moments.items():
-            _pool(self.moments, name, moments)
-        for name, moments in other.sample_moments.items():
-            _pool(self.sample_moments, name, moments)
+            self._pool(name, moments)
+        for name, course in other.courses.items():
+            self.courses.setdefault(name, Course()).include(course)
         self.calls = {name: max(self.calls.get(name, 0), n) for name, n in (self.calls | other.calls).items()}
         self.late |= other.late
+
+    def _pool(self, name: str, new: Moments) -> None:
+        self.moments[name] = self.moments[name].merge(new) if name in self.moments else new
 
 
 class Walker:
@@ -294,7 +302,3 @@ def _count_calls(measured: Measured, walkers: list[Walker]) -> None:
     for walker in walkers:
         for layer in set(walker.path):
             measured.calls[layer] = max(measured.calls.get(layer, 0), walker.path.count(layer))
-
-
-def _pool(moments: dict[str, Moments], name: str, new: Moments) -> None:
-    moments[name] = moments[name].merge(new) if name in moments else new

@@ -16,28 +16,44 @@ from bntools.moments import Moments
 STOCK = keras.layers.BatchNormalization.call
 
 
-def masked_moments(x: Any, mask: Any, axis: int, per_sample: bool) -> tuple[Moments, Moments | None]:
-    """Moments of a layer's input per channel on ``axis``, of the positions that the mask leaves, and per sample.
+def masked_moments(x: Any, mask: Any, axis: int, per_sample: bool) -> tuple[Moments, np.ndarray | None]:
+    """Moments of a layer's input per channel on ``axis``, and the samples' means, of the positions that the mask leaves.
 
     ``mask`` has the shape of ``x`` without the last axis, as Keras has it; None leaves all. Half precision is measured
     in float32, in which the layer computes.
     """
-    values = as_numpy(x)
-    if values.dtype.name == "bfloat16":
-        values = values.astype(np.float32)
+    values = _readable(x)
     if mask is None:
         return moments_of(values, per_sample, axis)
+    left = _left(values, mask, axis)
+    samples = None
+    if per_sample:
+        means = [sample[rows].mean(0, np.float64) for sample, rows in zip(values, left, strict=True) if rows.any()]
+        samples = np.reshape(means, (len(means), values.shape[-1]))
+    return Moments.of(values[left], axis=-1), samples
+
+
+def masked_values(x: Any, mask: Any, axis: int) -> np.ndarray:
+    """A layer's input as rows of channels, without the positions that are masked."""
+    values = _readable(x)
+    rows = np.moveaxis(values, axis, -1) if mask is None else values[_left(values, mask, axis)]
+    return np.array(rows.reshape(-1, rows.shape[-1]))
+
+
+def _readable(x: Any) -> np.ndarray:
+    values = as_numpy(x)
+    return values.astype(np.float32) if values.dtype.name == "bfloat16" else values
+
+
+def _left(values: np.ndarray, mask: Any, axis: int) -> np.ndarray:
+    """The mask as an array of what is left. Raises BntoolsError where Keras would mask channels."""
     left = np.asarray(ops.convert_to_numpy(mask)).astype(bool)
     if axis % values.ndim != values.ndim - 1:
         raise BntoolsError(
             f"found a mask of shape {left.shape} at a layer whose channels lie on axis {axis} of {values.shape}: "
             f"Keras would mask channels; expected axis=-1"
         )
-    samples = None
-    if per_sample:
-        means = [sample[rows].mean(0, np.float64) for sample, rows in zip(values, left, strict=True) if rows.any()]
-        samples = Moments.of(np.reshape(means, (len(means), values.shape[-1])))
-    return Moments.of(values[left], axis=-1), samples
+    return left
 
 
 def normalized(layer: Any, usual: Callable[..., Any], x: Any, given: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ replicas share one thread and one model, so what Keras and TensorFlow keep per t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 from bntools import coroutines
 from bntools.backends.keras.lean import freeing, steps_once, steps_together
 from bntools.backends.keras.naming import norms
-from bntools.backends.keras.normalizing import masked_moments, normalized
-from bntools.backends.keras.running import Forward, call
+from bntools.backends.keras.normalizing import masked_moments, masked_values, normalized
+from bntools.backends.keras.running import Forward, call, named_outputs
 from bntools.backends.keras.state import Attributes, attributes_set, eagerly, losses_kept, variables_kept
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Arrival
+from bntools.runner import Outputs
 
 
 @contextmanager
@@ -36,12 +37,15 @@ def measuring(
     per_sample: bool = False,
     memory: float = 0,
     waiting: bool = False,
+    outputs: bool = False,
+    values: Collection[str] = (),
 ) -> Iterator[Walk]:
     """Prepare the model for replicas; yields what starts one on a batch.
 
     The model runs with ``training=False``. The named layers normalize with their ``"stored"`` statistics, with
-    those of the ``"batch"``, or train as Keras does (``"update"``). ``memory`` and ``waiting`` make no difference. On
-    the way out, whatever happened, every flag, attribute and other variable is as before.
+    those of the ``"batch"``, or train as Keras does (``"update"``). ``memory``, ``waiting`` and
+    ``outputs``, that what the model gives is wanted, make no difference. Of the layers in ``values`` the input itself
+    is handed over. On the way out, whatever happened, every flag, attribute and other variable is as before.
     """
     found = norms(model)
     targets = {name: found[name] for name in names}
@@ -51,7 +55,7 @@ def measuring(
         stack.enter_context(eagerly())
         stack.enter_context(variables_kept(model, measured))
         stack.enter_context(losses_kept(model))
-        walk = Walk(model, forward, per_sample)
+        walk = Walk(model, forward, per_sample, frozenset(values))
         meets = {name: partial(walk.meet, name, layer.axis) for name, layer in targets.items()}
         walk.meets = {id(layer): meets[name] for name, layer in targets.items()}
         walk.compiles = normalize == "stored"
@@ -76,6 +80,7 @@ class Replica:
     def __init__(self, walk: Walk, batch: Any):
         self._walk = walk
         self._batch = batch
+        self._given: Any = None
         self._coroutine = coroutines.made(self._run)
 
     def advance(self) -> Arrival | None:
@@ -92,13 +97,17 @@ class Replica:
         found = {id(value): value for value in coroutines.held(self._coroutine)}
         return sum(map(_bytes, found.values()))
 
+    def outputs(self) -> Outputs:
+        """What the model gave, by name; the replica has come to its end."""
+        return self._walk.named(self._given)
+
     def _resuming(self) -> None:
         self._walk.running = self
 
     def _run(self) -> None:
         self._walk.attributes.fresh()
         try:
-            self._walk.forward(self._batch)
+            self._given = self._walk.forward(self._batch)
         finally:
             self._walk.attributes.restore()
 
@@ -118,8 +127,8 @@ class Walk:
     compiles = True
     held = 0  # bytes that the preparation of the model holds
 
-    def __init__(self, model: Any, forward: Forward | None, per_sample: bool):
-        self._model, self._forward, self._per_sample = model, forward, per_sample
+    def __init__(self, model: Any, forward: Forward | None, per_sample: bool, values: frozenset[str]):
+        self._model, self._forward, self._per_sample, self._values = model, forward, per_sample, values
         self.meets: dict[int, Callable[[Any], None]] = {}
         self._tracing = False
 
@@ -127,9 +136,13 @@ class Walk:
         """A replica on this batch, not started yet."""
         return Replica(self, batch)
 
-    def forward(self, batch: Any) -> None:
+    def forward(self, batch: Any) -> Any:
         """The forward pass of one replica."""
-        call(self._model, batch, self._forward)
+        return call(self._model, batch, self._forward)
+
+    def named(self, given: Any) -> Outputs:
+        """What a forward pass gave, by name."""
+        return named_outputs(self._model, given, self._forward)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -150,7 +163,11 @@ class Walk:
                 f"layer {name!r} is called inside a compiled function, where nothing can be measured: the loop or map "
                 f"around it has to run eagerly"
             )
-        self.running.stop(lambda: Arrival(name, *masked_moments(x, mask, axis, self._per_sample)))
+        self.running.stop(lambda: self._arrival(name, axis, x, mask))
+
+    def _arrival(self, name: str, axis: int, x: Any, mask: Any) -> Arrival:
+        values = masked_values(x, mask, axis) if name in self._values else None
+        return Arrival(name, *masked_moments(x, mask, axis, self._per_sample), values)
 
 
 def _stopping(layer: Any, normalize: str, meet: Callable[[Any, Any], None]) -> Callable[..., Any]:

@@ -97,7 +97,11 @@ def predict(model: Any, batch: Any, forward: Forward | None = None) -> dict[str,
     Outputs of a functional model have the names of the layers that give them; those of any other their
     places in what it returns, ``output`` alone if that is one tensor.
     """
-    result = call(model, batch, forward)
+    return named_outputs(model, call(model, batch, forward), forward)
+
+
+def named_outputs(model: Any, result: Any, forward: Forward | None = None) -> dict[str, np.ndarray]:
+    """What a model gave, nested as it may be, as numpy arrays by name."""
     flat = [(path, value) for path, value in tree.flatten_with_path(result) if value is not None]
     names = output_names(model, len(flat)) if forward is None else None
     if names is None:

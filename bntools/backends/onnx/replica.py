@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ from bntools.backends.onnx.editing import write
 from bntools.backends.onnx.inference import check_inference
 from bntools.backends.onnx.layers import MOMENTUM, Found, attribute, found, stats_of
 from bntools.backends.onnx.running import feed
-from bntools.backends.onnx.stages import cut, graph_inputs
+from bntools.backends.onnx.stages import cut, graph_inputs, outputs_of
 from bntools.backends.onnx.staging import Runs
 from bntools.errors import BntoolsError
 from bntools.kernel import moments_of
 from bntools.layer import Stats
 from bntools.moments import Arrival, Moments
+from bntools.runner import Outputs
 
 
 @contextmanager
@@ -31,13 +32,16 @@ def measuring(
     per_sample: bool = False,
     memory: float = 0,
     waiting: bool = False,
+    outputs: bool = False,
+    values: Collection[str] = (),
 ) -> Iterator[Walk]:
     """Cut the graph at the inputs of the named layers; yields what starts a replica on a batch.
 
     The named layers normalize with their ``"stored"`` statistics, with those of the ``"batch"``, or also
     move the stored ones as the operator's training mode would (``"update"``). ``waiting`` tells that all
     replicas go from layer to layer together, so that one stage at a time is in memory. A graph has no use for
-    ``memory``, with which a module is made faster.
+    ``memory``, with which a module is made faster. With ``outputs`` replicas run on behind the last layer, to the
+    outputs of the graph. Of the layers in ``values`` the input itself is handed over.
 
     Raises BntoolsError for a model in training mode and for ``forward``, which a graph has no place for.
     """
@@ -46,7 +50,7 @@ def measuring(
     check_inference(model)
     wanted = set(names)
     layers = [one for one in found(model) if one.name in wanted]
-    yield Walk(model, layers, normalize, per_sample, waiting)
+    yield Walk(model, layers, normalize, per_sample, waiting, outputs, frozenset(values))
 
 
 class Walk:
@@ -54,11 +58,22 @@ class Walk:
 
     held = 0  # bytes beyond what replicas hold
 
-    def __init__(self, document: Document, layers: list[Found], normalize: str, per_sample: bool, waiting: bool):
-        stages = cut(document, layers, together=normalize == "stored" and not waiting)
+    def __init__(
+        self,
+        document: Document,
+        layers: list[Found],
+        normalize: str,
+        per_sample: bool,
+        waiting: bool,
+        outputs: bool,
+        values: frozenset[str],
+    ):
+        stages = cut(document, layers, together=normalize == "stored" and not waiting, outputs=outputs)
         self.document = document
         self.normalize = normalize
         self.per_sample = per_sample
+        self.values = values
+        self.outputs = outputs_of(document) if outputs else []
         self.inputs = graph_inputs(document)
         self.runs = Runs(document, stages, keep=not waiting)
 
@@ -97,7 +112,7 @@ class Replica:
         moments, samples = moments_of(self._values[value], self._walk.per_sample)
         if self._walk.normalize != "stored":
             self._normalize(one, moments)
-        return Arrival(one.name, moments, samples)
+        return Arrival(one.name, moments, samples, self._rows(one, value))
 
     def close(self) -> None:
         """End it where it stands."""
@@ -108,6 +123,17 @@ class Replica:
     def held(self) -> int:
         """Bytes of the values that it holds, without the batch itself."""
         return sum(getattr(value, "nbytes", 0) for name, value in self._values.items() if name not in self._given)
+
+    def outputs(self) -> Outputs:
+        """What the graph gave, by name; the replica has come to its end."""
+        found = {name: self._values[name] for name in self._walk.outputs}
+        return {name: np.array(value) for name, value in found.items() if isinstance(value, np.ndarray)}
+
+    def _rows(self, one: Found, value: str) -> np.ndarray | None:
+        if one.name not in self._walk.values:
+            return None
+        rows = np.moveaxis(self._values[value], 1, -1)
+        return np.array(rows.reshape(-1, rows.shape[-1]))
 
     def _drop(self) -> None:
         if self._stage >= 0:

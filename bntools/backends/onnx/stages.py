@@ -36,10 +36,11 @@ class Stage:
     applied: tuple[Found, ...]
 
 
-def cut(document: Document, layers: Sequence[Found], together: bool = False) -> list[Stage]:
+def cut(document: Document, layers: Sequence[Found], together: bool = False, outputs: bool = False) -> list[Stage]:
     """The stages that lead from layer to layer.
 
-    With ``together`` all of them are one stage. What only nodes behind the last layer need is in none.
+    With ``together`` all of them are one stage. What only nodes behind the last layer need is in none, unless
+    ``outputs`` asks for what the graph gives, which nothing drops.
     """
     nodes = in_order(document.proto.graph)
     taken_by = [reads(node) for node in nodes]
@@ -56,8 +57,14 @@ def cut(document: Document, layers: Sequence[Found], together: bool = False) -> 
             groups[0][1].extend(group)
         else:
             groups.append(([one], group))
+    last = set(outputs_of(document)) if outputs else set()
+    rest = sorted({i for value in last for i in _ancestors(value, producers, taken_by, done)})
+    if together and groups:
+        groups[0][1].extend(rest)
+    elif rest:
+        groups.append(([], rest))
     stages: list[Stage] = []
-    later: set[str] = set()
+    later = set(last)
     for targets, group in reversed(groups):
         inside = dict.fromkeys(output for i in sorted(group) for output in nodes[i].output if output)
         taken = dict.fromkeys(name for i in sorted(group) for name in taken_by[i])
@@ -75,6 +82,12 @@ def cut(document: Document, layers: Sequence[Found], together: bool = False) -> 
         )
         later |= {*outside, *wanted}
     return stages[::-1]
+
+
+def outputs_of(document: Document) -> list[str]:
+    """The outputs of a graph that its nodes compute."""
+    made = {output for node in document.proto.graph.node for output in node.output}
+    return [value.name for value in document.proto.graph.output if value.name in made]
 
 
 @dataclass(frozen=True)

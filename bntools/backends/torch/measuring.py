@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bntools.moments import Moments
@@ -28,9 +29,16 @@ def moments_of(x: torch.Tensor) -> Moments:
     return _of_rows(x.movedim(1, -1).reshape(-1, x.shape[1]))
 
 
-def sample_moments_of(x: torch.Tensor) -> Moments:
-    """Moments, over the samples, of each sample's own mean: the unit for standard errors."""
-    return Moments.of(x.detach().double().reshape(*x.shape[:2], -1).mean(-1).cpu().numpy())
+def sample_means_of(x: torch.Tensor) -> np.ndarray:
+    """Each sample's own mean per channel, of shape (N, C), in float64: the unit for standard errors."""
+    return np.asarray(x.detach().double().flatten(2).mean(-1).cpu() if x.ndim > 2 else x.detach().double().cpu())
+
+
+def values_of(x: torch.Tensor) -> np.ndarray:
+    """A layer's input of shape (N, C, ...) as rows of channels, float32 or float64."""
+    x = x.detach()
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return np.array(x.movedim(1, -1).reshape(-1, x.shape[1]).cpu())
 
 
 def _of_rows(rows: torch.Tensor) -> Moments:

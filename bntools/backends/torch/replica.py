@@ -9,7 +9,7 @@ waits, and the next one finds everything as at the start.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -24,13 +24,14 @@ from bntools import coroutines
 from bntools.backends.torch.eager import eager
 from bntools.backends.torch.layers import has_train_mode, modules, unwrap
 from bntools.backends.torch.layout import Layout
-from bntools.backends.torch.measuring import moments_of, sample_moments_of
+from bntools.backends.torch.measuring import moments_of, sample_means_of, values_of
 from bntools.backends.torch.normalizing import stopping_forward
-from bntools.backends.torch.running import Forward, call, eval_mode, prepared
+from bntools.backends.torch.running import Forward, call, eval_mode, named, prepared
 from bntools.backends.torch.state import Ambient, Attributes, thread_kept
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Arrival
+from bntools.runner import Outputs
 
 
 @contextmanager
@@ -43,13 +44,16 @@ def measuring(
     per_sample: bool = False,
     memory: float = 0,
     waiting: bool = False,
+    outputs: bool = False,
+    values: Collection[str] = (),
 ) -> Iterator[Walk]:
     """Prepare the model for replicas; yields what starts one on a batch.
 
     The model is in eval mode meanwhile. The named layers normalize with their ``"stored"``
     statistics, with those of the ``"batch"``, or train as the framework does (``"update"``). Of ``memory``
     bytes a quarter may be used to make the forward pass faster. ``waiting``, that replicas
-    go from layer to layer together, makes no difference to a module. On the way out, whatever happened, every
+    go from layer to layer together, and ``outputs``, that what the model gives is wanted, make no difference to a
+    module. Of the layers in ``values`` the input itself is handed over. On the way out, whatever happened, every
     mode, hook, attribute and other buffer of the model is as before.
     """
     model = unwrap(model)
@@ -64,7 +68,7 @@ def measuring(
         stack.enter_context(_buffers_kept(model, targets.values()))
         stack.enter_context(_normalizing(targets.values(), normalize))
         layout = stack.enter_context(Layout(model, memory / 4 if forward is None else 0).used())
-        walk = Walk(model, forward, per_sample, layout)
+        walk = Walk(model, forward, per_sample, layout, frozenset(values))
         stack.enter_context(_stopping(targets, walk.meet))
         walk.attributes = Attributes(model)
         stack.callback(walk.attributes.close)
@@ -83,7 +87,8 @@ class Replica:
         self._batch = batch
         self._stops = self._skip = 0
         self._converted = False
-        self.outputs: list[weakref.ref[torch.Tensor]] = []
+        self._given: Any = None
+        self.noted: list[weakref.ref[torch.Tensor]] = []
         self._coroutine = coroutines.made(self._run)
 
     def advance(self) -> Arrival | None:
@@ -107,13 +112,17 @@ class Replica:
     def held(self) -> int:
         """Bytes of the tensors that the waiting replica holds, the model's own not counted."""
         # Outputs of modules, for what lies on a frame's value stack ("cat([a(x), b(x)])") is not in its locals.
-        outputs = coroutines.leaves(output() for output in self.outputs)
+        outputs = coroutines.leaves(output() for output in self.noted)
         sizes: dict[int, int] = {}
         for value in chain(outputs, coroutines.held(self._coroutine)):
             if isinstance(value, torch.Tensor) and value.layout is torch.strided:
                 storage = value.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
         return sum(size for pointer, size in sizes.items() if pointer not in self._walk.own)
+
+    def outputs(self) -> Outputs:
+        """What the model gave, by name; the replica has come to its end."""
+        return named(self._given)
 
     def _resuming(self) -> None:
         self._walk.running = self
@@ -126,7 +135,7 @@ class Replica:
         self._walk.attributes.fresh()
         self._converted = self._walk.layout.channels_last
         try:
-            self._walk.forward(self._batch)
+            self._given = self._walk.forward(self._batch)
         finally:
             self._walk.attributes.restore()
 
@@ -150,10 +159,13 @@ class Walk:
     attributes: Attributes
     running: Replica | None = None
 
-    def __init__(self, model: nn.Module, forward: Forward | None, per_sample: bool, layout: Layout):
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, per_sample: bool, layout: Layout, values: frozenset[str]
+    ):
         tensors = [*model.parameters(), *model.buffers()]
         device = next((t.device.type for t in tensors), "cpu")
         self._model, self._forward, self._per_sample, self.layout = model, forward, per_sample, layout
+        self._values = values
         self.own = {t.untyped_storage().data_ptr() for t in tensors}
         self.ambient = Ambient.now(frozenset({"cpu", device}))
 
@@ -166,22 +178,26 @@ class Walk:
         """A replica on this batch, not started yet."""
         return Replica(self, batch)
 
-    def forward(self, batch: Any) -> None:
+    def forward(self, batch: Any) -> Any:
         """The forward pass of one replica."""
         if self.layout.channels_last:
             batch = self.layout.of(prepared(self._model, batch))
-        call(self._model, batch, self._forward)
+        return call(self._model, batch, self._forward)
 
     def note(self, output: Any) -> None:
         """Remember, without keeping it alive, what a module of the running replica returned."""
         running = self.running
         if running is not None and isinstance(output, torch.Tensor) and running.is_current():
-            running.outputs.append(weakref.ref(output))
+            running.noted.append(weakref.ref(output))
 
     def meet(self, name: str, x: torch.Tensor) -> None:
         """Measure what a layer is about to normalize, and wait there."""
         assert self.running is not None
-        self.running.stop(lambda: Arrival(name, moments_of(x), sample_moments_of(x) if self._per_sample else None))
+        self.running.stop(lambda: self._arrival(name, x))
+
+    def _arrival(self, name: str, x: torch.Tensor) -> Arrival:
+        samples = sample_means_of(x) if self._per_sample else None
+        return Arrival(name, moments_of(x), samples, values_of(x) if name in self._values else None)
 
 
 def _check_ready(model: nn.Module, targets: dict[str, nn.Module], normalize: str) -> None:
@@ -213,6 +229,8 @@ def _stopping(targets: dict[str, nn.Module], meet: Callable[[str, torch.Tensor],
 @contextmanager
 def _normalizing(targets: Iterable[Any], normalize: str) -> Iterator[None]:
     before = [(module, getattr(module, "momentum", None)) for module in targets]
+    found = [getattr(module, "num_batches_tracked", None) for module, _ in before] if normalize == "batch" else []
+    counters = [(counter, counter.clone()) for counter in found if counter is not None]
     try:
         for module, _ in before:
             module.training = normalize != "stored"
@@ -223,6 +241,8 @@ def _normalizing(targets: Iterable[Any], normalize: str) -> Iterator[None]:
         for module, momentum in before:
             if hasattr(module, "momentum"):
                 module.momentum = momentum
+        for counter, updates in counters:
+            counter.copy_(updates)
 
 
 @contextmanager

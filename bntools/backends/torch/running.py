@@ -61,10 +61,13 @@ def predict(model: nn.Module, batch: Any, forward: Forward | None = None) -> dic
     """
     model = unwrap(model)
     with eval_mode(model):
-        outputs, _ = pytree.tree_flatten_with_path(call(model, batch, forward))
-    return {
-        "output" + pytree.keystr(path): to_numpy(value) for path, value in outputs if isinstance(value, torch.Tensor)
-    }
+        return named(call(model, batch, forward))
+
+
+def named(outputs: Any) -> dict[str, np.ndarray]:
+    """What a model gave, nested as it may be, as numpy arrays by their paths in it."""
+    flat, _ = pytree.tree_flatten_with_path(outputs)
+    return {"output" + pytree.keystr(path): to_numpy(value) for path, value in flat if isinstance(value, torch.Tensor)}
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

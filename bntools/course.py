@@ -1,0 +1,93 @@
+"""How the mean over the samples settles as they come: the moments of the first 2, 4, 8, ... of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bntools.moments import Moments
+
+FIRST = 2  # samples: one alone has no standard error
+
+
+@dataclass
+class Course:
+    """Moments over the samples' own means, as more and more samples come.
+
+    Values within one sample are not independent, samples are: the standard error of a mean is that of these means.
+    ``points`` are the moments of the first 2, 4, 8, ... samples, ``total`` those of all.
+    """
+
+    total: Moments = field(default_factory=lambda: Moments(0, np.zeros(0), np.zeros(0)))
+    points: list[Moments] = field(default_factory=list)
+
+    def add(self, means: np.ndarray) -> None:
+        """Take in the next samples' means, of shape (samples, features), in the order in which the samples came."""
+        start = 0
+        while start < len(means):
+            count = int(self.total.count) + 1
+            border = max(FIRST, 1 << (count - 1).bit_length())
+            stop = min(len(means), start + border - count + 1)
+            self.total = self.total.merge(Moments.of(means[start:stop]))
+            start = stop
+            if self.total.count == border:
+                self.points.append(self.total)
+
+    def include(self, other: Course) -> None:
+        """Take in samples that came after these."""
+        self.points += [self.total.merge(point) for point in other.points]
+        self.total = self.total.merge(other.total)
+
+    def settling(self) -> Iterator[Moments]:
+        """The points, each at least half again as many samples as the one before, and the total at the end."""
+        last = 0.0
+        for point in self.points:
+            if point.count >= 1.5 * last and point.count < self.total.count:
+                last = point.count
+                yield point
+        yield self.total
+
+    def trend(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean of the later samples minus that of the earlier ones, and its standard error, both of shape (features,).
+
+        Earlier are the first third to two thirds. None for fewer than four samples.
+        """
+        n = self.total.count
+        earlier = min(self.points, key=lambda point: abs(point.count - n / 2), default=self.total)
+        rest = n - earlier.count
+        if min(earlier.count, rest) < FIRST:
+            return None
+        later = (n * self.total.mean - earlier.count * earlier.mean) / rest
+        delta = self.total.mean - earlier.mean
+        # The parting of all deviations into those within either part and that between the two (Chan et al., eq. 2.1).
+        within = self.total.m2 - delta * delta * (n * earlier.count / rest)
+        error = np.sqrt(np.maximum(within, 0) / (n - 2) * (1 / earlier.count + 1 / rest))
+        return later - earlier.mean, error
+
+
+def convergence(courses: Mapping[str, Course], stds: Mapping[str, np.ndarray], samples: int) -> list[tuple[int, float]]:
+    """How the standard error of the worst channel's mean fell: pairs of a number of samples and the error.
+
+    The error is in the standard deviations ``stds`` of each layer, of shape (features,). A layer that
+    is called several times for a sample, or not for each, is left out: it has seen other numbers of means.
+    """
+    curves = [(stds[name], course) for name, course in courses.items() if course.total.count == samples]
+    worst: dict[int, float] = {}
+    for std, course in curves:
+        for point in course.settling():
+            if point.count >= FIRST:
+                worst[int(point.count)] = max(worst.get(int(point.count), 0.0), standard_error(point, std))
+    return sorted(worst.items())
+
+
+def standard_error(moments: Moments, std: np.ndarray) -> float:
+    """The standard error of the mean over samples, of the channel where it is largest, in ``std``."""
+    return largest(moments.standard_error() / std)
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; infinite where one is not a number."""
+    found = float(np.max(np.asarray(values), initial=0.0))
+    return float("inf") if np.isnan(found) else found

@@ -1,0 +1,152 @@
+"""One measurement on a model: which layers, how replicas run, and what is written and put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bntools.batches import Source
+from bntools.course import largest, standard_error
+from bntools.errors import BntoolsError
+from bntools.layer import BatchNorm, Selection, select
+from bntools.moments import Moments
+from bntools.replicas import Measured, Order, virtual_batch
+
+PILOT = 64  # samples from which a first standard error is taken
+SPARE = 0.6  # of the memory: activations come and go, and an allocator's gaps took up to half as much more (glibc 2.36)
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass
+class Job:
+    """The model, the layers to measure as they were, and how to write and undo."""
+
+    backend: ModuleType
+    model: Any
+    forward: Callable[[Any, Any], Any] | None
+    before: dict[str, BatchNorm]
+    prior: float
+    progress: Progress
+    memory: float
+    samples: int | None
+
+    def report(self, what: str, samples: int) -> None:
+        """Tell how far it is."""
+        self.progress(what, samples, self.samples)
+
+    def measuring(self, names: Iterable[str], **options: Any) -> Any:
+        """The back end's ``measuring`` on this model."""
+        return self.backend.measuring(self.model, list(names), forward=self.forward, **options)
+
+    def store(self, name: str, moments: Moments, samples: int, updates: int | None = None) -> None:
+        """Store what was measured of a layer, blended with the prior."""
+        moments = moments.numpy().blend(Moments.from_variance(1, *self.before[name].stats), samples, self.prior)
+        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()):
+            raise BntoolsError(
+                f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers that "
+                f"are not finite: choose a smaller prior"
+            )
+        self.backend.write(self.model, {name: (moments.mean, moments.var, updates)})
+
+    def stds(self, measured: Measured) -> dict[str, np.ndarray]:
+        """The standard deviations that were measured of each layer's channels, eps included."""
+        found = {name: moments.numpy().var + self.before[name].eps for name, moments in measured.moments.items()}
+        return {name: np.sqrt(var) for name, var in found.items()}
+
+    def restore(self) -> None:
+        """Write the statistics as they were."""
+        self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
+
+    def undo(self) -> None:
+        """Give the user's model the statistics that it had."""
+        self.restore()
+        self.backend.commit(self.model)
+
+
+def exact(
+    job: Job, source: Source, tolerance: float | None = None, *, per_sample: bool = False
+) -> tuple[Measured, int, float | None]:
+    """Virtual batches until the data, or what the tolerance needs of it, is used up.
+
+    Gives what was measured, in how many virtual batches, and the standard error if there is a tolerance. With one,
+    a first virtual batch tells how many samples are needed; while memory allows, they run together with the
+    first ones as one larger virtual batch. With ``per_sample`` the courses over the samples are measured anyway.
+    """
+    order, total, passes, error = Order(list(job.before)), Measured(), 0, None
+    wanted: float = math.inf if tolerance is None else PILOT
+
+    def report(what: str, samples: int) -> None:
+        job.progress(what, total.samples + samples, job.samples)
+
+    def release(name: str, moments: Moments, samples: int) -> None:
+        # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
+        moments = moments.merge(total.moments[name]) if name in total.moments else moments
+        if moments.count > 1:
+            job.store(name, moments, total.samples + samples)
+
+    per_sample = per_sample or tolerance is not None
+    with job.measuring(job.before, per_sample=per_sample, memory=job.memory, waiting=True) as start:
+        memory = (job.memory - start.held) * SPARE
+        while True:
+            part = virtual_batch(start, source, order, release, memory=memory, wanted=wanted, progress=report)
+            if part is None:
+                return total, passes, error
+            both = _pooled(total, part)
+            if tolerance is not None:
+                error = _standard_error(both, job.stds(both))
+                if error > tolerance and part.samples >= wanted:
+                    source.give_back(part.batches)
+                    wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
+                    continue
+            total, passes = both, passes + 1
+            if tolerance is not None and error is not None and error <= tolerance:
+                return total, passes, error
+
+
+def _pooled(total: Measured, part: Measured) -> Measured:
+    pooled = Measured(batches=[*total.batches, *part.batches] if not total.samples else [])
+    pooled.include(total)
+    pooled.include(part)
+    return pooled
+
+
+def _standard_error(measured: Measured, stds: Mapping[str, np.ndarray]) -> float:
+    """The largest standard error of a channel's mean, in the layers' standard deviations."""
+    return largest([standard_error(course.total, stds[name]) for name, course in measured.courses.items()])
+
+
+def targets(
+    layers: list[BatchNorm], wanted: Selection, absence: Callable[[], str] | None, *, frozen: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """The names to measure, and the reason for each of the others; frozen layers only if asked for, or named."""
+    selected = {layer.name for layer in select(layers, wanted, absence)}
+    reasons = {layer.name: _reason(layer, layer.name in selected, frozen or wanted is not None) for layer in layers}
+    chosen = [name for name, reason in reasons.items() if reason is None]
+    untouched = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not chosen:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(untouched.items())[:5])
+        what = "measured" if frozen else "recalibrated"
+        raise BntoolsError(f"none of the {len(layers)} BN layers can be {what} ({listed})")
+    return chosen, untouched
+
+
+def _reason(layer: BatchNorm, selected: bool, frozen: bool) -> str | None:
+    if not selected:
+        return "not selected by layers="
+    if layer.obstacle:
+        return layer.obstacle
+    if not layer.initialized:
+        raise BntoolsError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
+    if not layer.tracked:
+        return "keeps no statistics (track_running_stats=False)"
+    if not layer.pooled:
+        return "instance normalization: its statistics are averages over instances, not moments of the data"
+    if layer.stats_frozen and not frozen:
+        return "frozen: name it in layers= to recalibrate it"
+    return None
