@@ -38,7 +38,7 @@ class LayerDrift:
     measured statistics; None where it was not taken. ``histogram`` holds edges (bins + 1,) and counts (bins,) of what
     eval mode brings to the layer, normalized by its stored statistics; None where it was not asked for. ``calls`` is
     how often a forward pass calls the layer, ``call_gap`` how far the statistics of its calls, each for itself, are
-    from those of all calls together, in standard deviations of the latter (``domains.course`` measures both).
+    from those of all calls together, in standard deviations of the latter (``domains.halves`` measures both).
     """
 
     layer: BatchNorm
@@ -131,7 +131,7 @@ class Diagnosis:
     ``modes`` compare eval and train mode; ``alone`` is the largest scale-relative difference between the eval-mode
     output of a sample by itself and in a batch (0 up to rounding, None where it was not taken). ``convergence`` is how
     the standard error of the worst channel's mean, in stored standard deviations, fell with the number of samples.
-    ``course`` are the first and the second half of the data, in the order in which it came, as domains: do its
+    ``halves`` are the first and the second half of the data, in the order in which it came, as domains: do its
     statistics move as it goes? ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer
     that was not measured. ``notes`` are sentences worth reading.
     """
@@ -143,7 +143,7 @@ class Diagnosis:
     alone: float | None = None
     preprocessing: list[Preprocessing] = field(default_factory=list)
     domains: list[Domain] = field(default_factory=list)
-    course: list[Domain] = field(default_factory=list)
+    halves: list[Domain] = field(default_factory=list)
     convergence: list[tuple[int, float]] = field(default_factory=list)
     untouched: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -1,15 +1,190 @@
-"""How the first BN layer would see the data under the usual ways of preprocessing images."""
+"""How the first BN layer would see the data under the usual ways of preprocessing images.
+
+A wrong preprocessing looks like a domain shift. But it is one of a few known functions of the pixels: where one of
+them brings the data back to what the first layer has stored, and nothing else does, it was left out, or done twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+
+from bntools import backends, scalings
+from bntools.batches import Batch, count
 from bntools.diagnosed import Preprocessing
+from bntools.errors import BntoolsError
+from bntools.interrupts import uninterrupted
+from bntools.layer import BatchNorm, distance
+from bntools.pieces import sliced
+from bntools.replicas import Walker
+from bntools.resizing import mapped, to_numpy
+
+MOST = 64  # samples: a first layer sees thousands of pixels of each
+BETTER = (
+    1 / 3
+)  # of the drift as given: a true shift of contrast or colour is not undone so far by a wrong preprocessing
+FITS = 0.5  # standard deviations in the worst channel: what is left has to be of the order of a domain's own drift
+SWAPPED = "BGR"
+
+Forward = Callable[[Any, Any], Any]
+Scaling = Callable[[np.ndarray], np.ndarray]  # of images (N, H, W, C), float64
 
 
-def compare(
-    model: Any, contents: Iterable[Any], *, forward: Callable[[Any, Any], Any] | None = None
-) -> list[Preprocessing]:
-    """The drift of the first BN layer under each preprocessing that the data may have missed, the best first."""
-    return []
+def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = None) -> list[Preprocessing]:
+    """The drift of the first BN layer under the usual preprocessings, the best first, and as the data is (``given``).
+
+    ``model`` is what the back end's ``edit`` gives, with the statistics to which the data is compared; ``contents`` are
+    batches as the back end takes them, of which the first MOST samples are used. How the pixels came is inferred from
+    their range alone. Empty for data that is not one input of images, (N, 1 or 3, H, W) or (N, H, W, 1 or 3), for a
+    range that fits nothing known, and where the first layer's statistics are not finite.
+    """
+    batches = _first(contents)
+    if not batches or any(_images(batch) is None for batch in batches):
+        return []
+    first = _First(model, forward)
+    given = first.drift(batches)
+    if given is None:
+        return []
+    found = [Preprocessing("as given", given, given=True)]
+    for name, change in _alternatives(np.concatenate([_channels_last(_image_of(batch)) for batch in batches])):
+        drift = first.drift([_changed(batch, change) for batch in batches])
+        if drift is not None:
+            found.append(Preprocessing(name, drift))
+    return sorted(found, key=lambda one: one.drift) if len(found) > 1 else []
+
+
+def better(preprocessing: Iterable[Preprocessing]) -> tuple[Preprocessing, Preprocessing] | None:
+    """The data as given and what fits far better; None where nothing does.
+
+    Far better is a drift below BETTER of the given one and below FITS. Where the given one fits already, nothing is.
+    """
+    looks = sorted(preprocessing, key=lambda one: one.drift)
+    given = next((one for one in looks if one.given), None)
+    if given is None or looks[0] is given or given.drift < FITS:
+        return None
+    return (given, looks[0]) if looks[0].drift < min(FITS, BETTER * given.drift) else None
+
+
+class _First:
+    """The layer that a forward pass reaches first, and its drift on batches."""
+
+    def __init__(self, model: Any, forward: Forward | None):
+        self._model, self._forward = model, forward
+        self._backend = backends.of(model)
+        self._layers = {
+            layer.name: layer
+            for layer in self._backend.layers(model)
+            if layer.initialized and layer.tracked and not layer.obstacle
+        }
+        self._name: str | None = None
+
+    def drift(self, batches: list[Any]) -> float | None:
+        """The distance of what eval mode brings to the layer from what it has stored; None where the model refuses."""
+        names = [self._name] if self._name else list(self._layers)
+        if not names:
+            return None
+        try:
+            with self._backend.measuring(self._model, names, forward=self._forward, waiting=True) as start:
+                arrivals = [self._arrival(start(batch), batch) for batch in batches]
+        except BntoolsError:
+            return None
+        moments = [met.moments.numpy() for met in arrivals if met is not None]
+        if not moments or len({met.layer for met in arrivals if met is not None}) > 1:
+            return None
+        self._name = arrivals[0].layer
+        return _distance(self._layers[self._name], moments)
+
+    def _arrival(self, replica: Any, batch: Any) -> Any:
+        walker = Walker(replica, Batch(0, batch, count(batch)))
+        try:
+            walker.advance()
+            return walker.arrival
+        finally:
+            with uninterrupted():
+                replica.close()
+
+
+def _distance(layer: BatchNorm, parts: list[Any]) -> float | None:
+    moments = parts[0]
+    for other in parts[1:]:
+        moments = moments.merge(other)
+    drift = distance(layer.stats, (moments.mean, moments.var), layer.eps)
+    return drift if np.isfinite(drift) else None
+
+
+def _alternatives(pixels: np.ndarray) -> Iterator[tuple[str, Scaling]]:
+    """What else could have been done to the pixels (N, H, W, C), by name, as changes of them as they are."""
+    colour = pixels.shape[-1] == 3
+    if colour:
+        yield f"{SWAPPED} for RGB", _swapped
+    for source in scalings.possible(pixels):
+        for target in scalings.others(source, pixels):
+            yield target.name, partial(_rescaled, source, target, False)
+            if colour:
+                yield f"{target.name}, {SWAPPED} for RGB", partial(_rescaled, source, target, True)
+
+
+def _rescaled(source: scalings.Scale, target: scalings.Scale, swap: bool, pixels: np.ndarray) -> np.ndarray:
+    unit = source.to_unit(pixels)
+    return target.of_unit(_swapped(unit) if swap else unit)
+
+
+def _swapped(pixels: np.ndarray) -> np.ndarray:
+    return pixels[..., ::-1]
+
+
+def _first(contents: Iterable[Any]) -> list[Any]:
+    batches, left = [], MOST
+    for content in contents:
+        samples = count(content)
+        if samples:
+            batches.append(sliced(content, 0, left))
+            left -= samples
+        if left <= 0:
+            break
+    return batches
+
+
+def _images(batch: Any) -> np.ndarray | None:
+    """The batch's only input, where it is images of numbers."""
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0] if batch else None
+    if isinstance(batch, Mapping):
+        arrays = [value for value in batch.values() if getattr(value, "shape", ())]
+        batch = arrays[0] if len(arrays) == 1 else None
+    shape = tuple(getattr(batch, "shape", ()))
+    if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3} or 1 in shape[2:3]:
+        return None
+    array = to_numpy(batch)
+    return array if array.dtype.kind in "fiu" and np.isfinite(array).all() else None
+
+
+def _image_of(batch: Any) -> np.ndarray:
+    found = _images(batch)
+    assert found is not None
+    return found
+
+
+def _channels_last(images: np.ndarray) -> np.ndarray:
+    return np.moveaxis(images, 1, -1) if _leads(images) else images
+
+
+def _leads(images: np.ndarray) -> bool:
+    """Whether the channels come before height and width; of images that are 1 or 3 wide, too, nobody can tell."""
+    return images.shape[1] in (1, 3)
+
+
+def _changed(batch: Any, change: Scaling) -> Any:
+    """The batch with its images changed, as numpy arrays of their own floating type."""
+    images = _image_of(batch)
+    values = change(_channels_last(images).astype(np.float64))
+    values = np.moveaxis(values, -1, 1) if _leads(images) else values
+    new = np.ascontiguousarray(values, images.dtype if images.dtype.kind == "f" else np.float32)
+    if isinstance(batch, (tuple, list)):
+        return (new, *batch[1:])
+    if isinstance(batch, Mapping):
+        return mapped(lambda value: new if getattr(value, "shape", ()) == images.shape else value, batch)
+    return new
