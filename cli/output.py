@@ -10,6 +10,10 @@ from typing import Any
 
 import click
 
+from bntools.words import counted, number, percent
+
+__all__ = ["as_json", "counted", "jsonable", "number", "percent", "say", "table"]
+
 
 def say(text: str = "", quiet: bool = False) -> None:
     """Print a line on stdout, unless the command was asked for JSON."""
@@ -57,21 +61,6 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def number(value: float | None) -> str:
-    """A number with three significant digits; a dash where there is none."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal; a dash where there is none."""
-    return "-" if share is None else f"{share:.1%}"
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 layer``, ``1,200 layers``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _plain(rows: Sequence[Sequence[str]]) -> list[str]:
