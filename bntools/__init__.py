@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bntools.errors import BntoolsError, NotFrozenError, VerificationError
 
 if TYPE_CHECKING:
+    from bntools.conversion import convert
     from bntools.exporting import export
     from bntools.files import load, save
     from bntools.folding import fold
@@ -34,6 +35,7 @@ _HOME = {
     "recalibrate": "recalibration",
     "to_inference": "inference",
     "fold": "folding",
+    "convert": "conversion",
     "export": "exporting",
     "verify": "verification",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "NotFrozenError",
     "VerificationError",
     "assert_frozen",
+    "convert",
     "export",
     "fold",
     "freeze",

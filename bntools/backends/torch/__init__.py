@@ -1,6 +1,8 @@
 """The PyTorch back end: nn.Module."""
 
 from bntools.backends.torch.arrays import arrays
+from bntools.backends.torch.converting import convert
+from bntools.backends.torch.digests import digest
 from bntools.backends.torch.editing import commit, edit, handed
 from bntools.backends.torch.export import EXPORTERS, export
 from bntools.backends.torch.files import load, save
@@ -12,6 +14,7 @@ from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
 from bntools.backends.torch.surgery import absorb
+from bntools.backends.torch.switching import live
 from bntools.backends.torch.tracing import runners
 
 __all__ = [
@@ -19,6 +22,8 @@ __all__ = [
     "absorb",
     "arrays",
     "commit",
+    "convert",
+    "digest",
     "edit",
     "export",
     "free_memory",
@@ -27,6 +32,7 @@ __all__ = [
     "handed",
     "input_channels",
     "layers",
+    "live",
     "load",
     "measuring",
     "predict",

@@ -81,8 +81,8 @@ def copied(model: nn.Module) -> nn.Module:
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise BntoolsError(
-            f"the {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and folding gives a new "
-            f"model: remove from it what copy.deepcopy refuses"
+            f"the {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the result is to be "
+            f"a new model: remove from it what copy.deepcopy refuses"
         ) from error
 
 

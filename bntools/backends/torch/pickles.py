@@ -28,7 +28,7 @@ from bntools.backends.torch import opcodes
 from bntools.errors import BntoolsError
 
 ADMITTED = ("torch.nn", "torchvision", "timm")
-FREEZER = ("bntools.backends.torch.layers", "StaysInEval")
+OURS = (("bntools.backends.torch.layers", "StaysInEval"), ("bntools.backends.torch.frozen_affine", "FrozenAffine"))
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 BUILTIN_FUNCTIONS = ("torch", "torch._C._nn")
 LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -146,7 +146,7 @@ def _admit(path: str, names: list[tuple[str, str]], allow: Sequence[str]) -> dic
 
 def _strangers(names: list[tuple[str, str]], allow: Sequence[str]) -> list[tuple[str, str]]:
     prefixes = (*ADMITTED, *allow)
-    return [name for name in names if not (_within(name[0], prefixes) or name == FREEZER or name[0] in FUNCTIONS)]
+    return [name for name in names if not (_within(name[0], prefixes) or name in OURS or name[0] in FUNCTIONS)]
 
 
 def _resolve(path: str, module: str, name: str, allow: Sequence[str]) -> Any:
@@ -165,7 +165,7 @@ def _resolve(path: str, module: str, name: str, allow: Sequence[str]) -> Any:
 
 
 def _admissible(name: tuple[str, str], value: Any, prefixes: Sequence[str]) -> bool:
-    if name == FREEZER:
+    if name in OURS:
         return True
     if name[0] in FUNCTIONS:
         return _is_functional(name[1], value)
