@@ -34,13 +34,15 @@ class Exported(Verification):
     """The verification of the file that was written, and how it came about.
 
     ``exporter`` served; ``dynamic`` tells whether the file takes any batch size. ``folded`` names the BN
-    layers that were folded before, ``kept`` the others with their reasons.
+    layers that were folded before, ``kept`` the others with their reasons, and ``into`` is as in ``fold``, empty where
+    the layers were folded on the ONNX graph.
     """
 
     exporter: str = ""
     dynamic: bool = True
     folded: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    into: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Fold:
     kept: dict[str, str] = field(default_factory=dict)
     problem: str = ""
     later: bool = False
+    into: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -147,8 +150,9 @@ def _onnx_path(path: str | Path) -> Path:
 def _exported(check: Verification, plan: Plan, fold: Fold, before: list[str], after: list[str]) -> Exported:
     figures = {one.name: getattr(check, one.name) for one in fields(check) if one.name != "notes"}
     notes = (*before, *fold.notes, *after)
-    dynamic = plan.other is not None
-    return Exported(**figures, notes=notes, exporter=plan.exporter, dynamic=dynamic, folded=fold.folded, kept=fold.kept)
+    how = {"exporter": plan.exporter, "dynamic": plan.other is not None}
+    own = {"folded": fold.folded, "kept": fold.kept, "into": fold.into}
+    return Exported(**{**figures, "notes": notes, **how, **own})
 
 
 def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, Fold]:
@@ -161,7 +165,7 @@ def _folded(backend: ModuleType, model: Any, example: Any) -> tuple[Any, Fold]:
         result = fold(model, example)
     except BntoolsError as error:
         return model, Fold(problem=str(error), later=hasattr(backend, "labels"))
-    return result.model, Fold(result.folded, result.kept)
+    return result.model, Fold(result.folded, result.kept, into=result.into)
 
 
 def _folded_later(file: Path, data_name: str, plan: Plan, labels: Mapping[str, str], fold: Fold) -> Fold:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -25,13 +25,15 @@ class Folded:
     """What ``fold`` gives.
 
     ``model`` is the new model, ``folded`` names the layers that are gone from it, ``kept`` the others,
-    each with its reason; ``check`` compares both models on the example.
+    each with its reason; ``check`` compares both models on the example. ``into`` has all layers in model order, each
+    with the weights, or BN layers, that took it up: none for one that was kept, or went together with another.
     """
 
     model: Any
     folded: list[str]
     kept: dict[str, str]
     check: Verification
+    into: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         count = f"folded {len(self.folded)} of {len(self.folded) + len(self.kept)}"
@@ -75,12 +77,19 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
         if not isinstance(trial, str):
             names = [layer.name for layer in found]
             kept = {name: kept[name] for name in names if name in kept}
-            return Folded(backend.handed(trial[0], given), [name for name in names if name not in kept], kept, trial[1])
+            folded = [name for name in names if name not in kept]
+            return Folded(backend.handed(trial[0], given), folded, kept, trial[1], _into(names, steps))
         if not steps:
             raise BntoolsError(f"the model does not agree with its own copy on the example: {trial}")
         first, problem = _culprit(backend, model, graph, steps, example, trial)
         wrong = steps[first:] if len(undone) >= PATIENCE else [steps[first]]
         undone |= {step.layer: f"undone: {problem}" for step in wrong}
+
+
+def _into(names: list[str], steps: list[Step]) -> dict[str, tuple[str, ...]]:
+    """The weights that took up each layer, by name."""
+    places = {step.layer: tuple(dict.fromkeys(target.place for target in step.targets)) for step in steps}
+    return {name: places.get(name, ()) for name in names}
 
 
 def _affines(found: list[BatchNorm], chosen: set[str]) -> tuple[dict[str, Affine], dict[str, str]]:

@@ -1,0 +1,65 @@
+"""What concerns the whole model: eval against train mode, other ways to preprocess, domains in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bntools import words
+from bntools.diagnosed import Diagnosis, Domain, ModeGap, Preprocessing
+from bntools.reports.bars import Bar, bars
+from bntools.reports.page import Section
+
+
+def modes(found: Diagnosis) -> Section | None:
+    """How far eval mode's output is from train mode's, by batch size."""
+    if not found.modes:
+        return None
+    rows = [Bar(_size(one), one.error, _mode(one)) for one in found.modes]
+    explanation = (
+        "Difference between the model's output in eval mode, with stored statistics, and in train mode, with each "
+        "batch's own: the largest one, in percent of the largest output. If it stays when all samples are one batch, "
+        "the stored statistics do not fit; if it is only there in small batches, it is their noise."
+    )
+    body = bars("Difference between eval and train mode by batch size", rows)
+    return Section("modes", "Eval against train mode", explanation, body)
+
+
+def _size(one: ModeGap) -> str:
+    return "all samples in one batch" if one.batch_size is None else f"batches of {one.batch_size:,}"
+
+
+def _mode(one: ModeGap) -> str:
+    agreement = "" if one.agreement is None else f", {words.percent(one.agreement)} agree"
+    return f"{words.percent(one.error)}{agreement}"
+
+
+def preprocessing(found: Sequence[Preprocessing]) -> Section | None:
+    """The first layer's drift under the usual ways to preprocess images."""
+    if not found:
+        return None
+    rows = []
+    for one in sorted(found, key=lambda one: one.drift):
+        given = "as the data came" if one.given else ""
+        rows.append(Bar(one.name, one.drift, f"{words.number(one.drift)} std", words.severity(one.drift), remark=given))
+    explanation = (
+        "Drift of the first BN layer if the images were prepared otherwise. A far shorter bar than that of the data as "
+        "it came says that the model was trained on images prepared that way."
+    )
+    return Section("preprocessing", "Preprocessing", explanation, bars("First layer's drift by preprocessing", rows))
+
+
+def domains(found: Sequence[Domain]) -> Section | None:
+    """How far parts of the data are from all of it."""
+    if not found:
+        return None
+    rows = []
+    for one in sorted(found, key=lambda one: -one.drift):
+        level = "noise" if one.drift <= one.noise else words.severity(one.drift)
+        count = words.counted(one.samples, "sample")
+        rows.append(Bar(one.name, one.drift, f"{words.number(one.drift)} std", level, 0.0, one.noise, count))
+    explanation = (
+        "How far the statistics of each part of the data are from those of all of it, in the layer and channel where "
+        "that is most. The dashed mark is what a part of that size would show by chance: bars well beyond it are "
+        "domains that differ."
+    )
+    return Section("domains", "Parts of the data", explanation, bars("Drift of the parts of the data", rows))
