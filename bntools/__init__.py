@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 from bntools.errors import BntoolsError, NotFrozenError, VerificationError
 
 if TYPE_CHECKING:
+    from bntools.applying import apply
+    from bntools.banking import bank
+    from bntools.diffing import diff
+    from bntools.adapting import adapt
     from bntools.conversion import convert
     from bntools.exporting import export
     from bntools.files import load, save
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from bntools.layer import BatchNorm
     from bntools.moments import Moments
     from bntools.recalibration import recalibrate
+    from bntools.statfiles import load_stats, save_stats
+    from bntools.stats import Statistics, statistics
+    from bntools.using import use
     from bntools.verification import verify
 
 __version__ = "0.1.0"
@@ -36,8 +43,17 @@ _HOME = {
     "to_inference": "inference",
     "fold": "folding",
     "convert": "conversion",
+    "adapt": "adapting",
     "export": "exporting",
     "verify": "verification",
+    "Statistics": "stats",
+    "statistics": "stats",
+    "save_stats": "statfiles",
+    "load_stats": "statfiles",
+    "apply": "applying",
+    "use": "using",
+    "bank": "banking",
+    "diff": "diffing",
 }
 
 __all__ = [
@@ -45,19 +61,28 @@ __all__ = [
     "BntoolsError",
     "Moments",
     "NotFrozenError",
+    "Statistics",
     "VerificationError",
+    "apply",
+    "adapt",
     "assert_frozen",
+    "bank",
     "convert",
+    "diff",
     "export",
     "fold",
     "freeze",
     "inspect",
     "load",
+    "load_stats",
     "recalibrate",
     "reset",
     "save",
+    "save_stats",
+    "statistics",
     "to_inference",
     "unfreeze",
+    "use",
     "verify",
 ]
 

@@ -1,7 +1,9 @@
 """The PyTorch back end: nn.Module."""
 
+from bntools.backends.torch.adapting import adapt
 from bntools.backends.torch.arrays import arrays
 from bntools.backends.torch.converting import convert
+from bntools.backends.torch.described import described
 from bntools.backends.torch.digests import digest
 from bntools.backends.torch.editing import commit, edit, handed
 from bntools.backends.torch.export import EXPORTERS, export
@@ -20,9 +22,11 @@ from bntools.backends.torch.tracing import runners
 __all__ = [
     "EXPORTERS",
     "absorb",
+    "adapt",
     "arrays",
     "commit",
     "convert",
+    "described",
     "digest",
     "edit",
     "export",

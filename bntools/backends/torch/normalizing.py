@@ -25,7 +25,7 @@ def stopping_forward(module: nn.Module, meet: Meet) -> Callable[..., Any]:
     is stopped at its batch_norm call, and one that writes the arithmetic out, at its input.
     """
     forward = module.forward
-    if type(module).forward in _STOCK and "forward" not in vars(module):
+    if is_stock(module):
 
         def at_input(input: torch.Tensor) -> Any:
             meet(input)
@@ -46,6 +46,11 @@ def stopping_forward(module: nn.Module, meet: Meet) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return at_operation
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module normalizes what it is given, as PyTorch's own layers do."""
+    return type(module).forward in _STOCK and "forward" not in vars(module)
 
 
 class _AtBatchNorm(TorchFunctionMode):

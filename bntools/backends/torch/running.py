@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from bntools.backends.torch.layers import unwrap
 
 Forward = Callable[[nn.Module, Any], Any]
 
+_passes = threading.local()  # how many of bntools's own are under way in a thread
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -24,14 +27,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     and ``train(was_training)`` afterwards would give all modules the mode of the outermost.
     """
     before = [(module, module.training) for module in model.modules()]
+    _passes.depth = getattr(_passes, "depth", 0) + 1
     try:
         for module, _ in before:
             module.training = False
         with torch.no_grad():
             yield
     finally:
+        _passes.depth -= 1
         for module, training in before:
             module.training = training
+
+
+def runs_for_bntools() -> bool:
+    """Whether a model that runs in this thread does so for bntools, and not for its user."""
+    return getattr(_passes, "depth", 0) > 0
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
