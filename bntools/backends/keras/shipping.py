@@ -1,13 +1,15 @@
-"""Keras's own ONNX exporter."""
+"""Keras's own ONNX exporter, and PyTorch's where Keras runs on it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from bntools.backends.keras.feeding import canonical
 from bntools.backends.keras.flat import Flat, Spec, specs
 from bntools.backends.keras.naming import named
 from bntools.backends.keras.visible import visible
@@ -33,11 +35,15 @@ def export(
     """
     _check_dtypes(model)
     inputs, keys = specs(model, example, other)
-    plain = exporter == "keras-plain" or keras.backend.backend() != "tensorflow"
+    plain = exporter == "keras-plain" or keras.backend.backend() == "jax"
     with caught(native=True) as said:
         try:
-            with nullcontext() if plain else visible(model):
-                _write(Flat(model, keys), inputs, path, opset)
+            flat = Flat(model, keys)
+            if keras.backend.backend() == "torch":
+                _trace(flat, model, example, inputs, path, opset, plain)
+            else:
+                with nullcontext() if plain else visible(model):
+                    _write(flat, inputs, path, opset)
         except (OSError, BntoolsError):
             raise
         except Exception as error:  # an exporter may raise anything, from many libraries
@@ -58,6 +64,21 @@ def _write(flat: Flat, inputs: list[Spec], path: Path, opset: int | None) -> Non
         input_signature=[_signature(one) for one in inputs],
         opset_version=opset,
     )
+
+
+def _trace(
+    flat: Flat, model: Any, example: Any, inputs: list[Spec], path: Path, opset: int | None, plain: bool
+) -> None:
+    from bntools.backends.keras import scripted  # here: it imports PyTorch
+
+    given = canonical(model, example)
+    arrays = given.values() if isinstance(given, Mapping) else [given]
+    tensors = scripted.tensors(inputs, arrays)
+    scripted.check_decisions(flat, model, tensors)
+    if plain:
+        _write(flat, inputs, path, opset)
+    else:
+        scripted.write(flat, model, inputs, tensors, path, opset)
 
 
 def _signature(one: Spec) -> Any:

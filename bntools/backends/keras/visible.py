@@ -35,9 +35,9 @@ def visible(model: Any) -> Iterator[None]:
 
     found = norms(model)
     stops = [
-        (found[name], "call", partial(_fused, found[name], label, _constants(found[name]), found[name].call))
+        (found[name], "call", partial(_fused, found[name], label, constants(found[name]), found[name].call))
         for label, name in labels(model).items()
-        if type(found[name]).call in STOCK
+        if operable(found[name])
     ]
     rules: dict[Any, Callable[..., Any]] = back_to_back_optimizer._func_map
     fusion = {key: rule for key, rule in rules.items() if key == ("Conv", "BatchNormalization")}
@@ -62,10 +62,15 @@ def labels(model: Any) -> dict[str, str]:
     return found
 
 
+def operable(layer: Any) -> bool:
+    """Whether a layer computes BN alone: a subclass with a call of its own may do more."""
+    return type(layer).call in STOCK
+
+
 def _fused(
     layer: Any,
     label: str,
-    constants: dict[str, np.ndarray],
+    values: dict[str, np.ndarray],
     usual: Callable[..., Any],
     inputs: Any,
     training: Any = None,
@@ -86,7 +91,7 @@ def _fused(
     with tf.name_scope(f"{label}/"):  # a name that ends so is taken as it is, wherever the layer lies
         y = tf.raw_ops.FusedBatchNormV3(
             x=x,
-            **{name: tf.constant(value, name=name) for name, value in constants.items()},
+            **{name: tf.constant(value, name=name) for name, value in values.items()},
             epsilon=layer.epsilon,
             data_format=FORMATS[last][len(x.shape) - 4],
             is_training=False,
@@ -97,7 +102,8 @@ def _fused(
     return ops.cast(y, layer.compute_dtype)
 
 
-def _constants(layer: Any) -> dict[str, np.ndarray]:
+def constants(layer: Any) -> dict[str, np.ndarray]:
+    """What a layer normalizes with, float32 of shape (channels,): mean, variance, scale and offset."""
     mean, var, scale, shift = map(array, (layer.moving_mean, layer.moving_variance, layer.gamma, layer.beta))
     assert mean is not None
     values = {

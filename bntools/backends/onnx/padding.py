@@ -10,15 +10,23 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+PASSING = ("Cast", "Identity", "Transpose")
+
 
 def guard_padding(model: ir.Model) -> None:
     """Put a maximum between each Pad with anything but minus infinity and the max-pooling that reads it."""
     for node in [node for node in model.graph if node.op_type == "Pad"]:
-        readers = [(reader, place) for reader, place in node.outputs[0].uses() if reader.op_type == "MaxPool"]
+        readers = [(reader, place) for reader, place in node.outputs[0].uses() if _pools(reader)]
         if readers and not _harmless(node):
             guarded = _guard(model.graph, node)
             for reader, place in readers:
                 reader.replace_input_with(place, guarded)
+
+
+def _pools(node: ir.Node) -> bool:
+    """Whether a node is max-pooling, or hands on to one what the optimizer drops or moves out of the way."""
+    passing = node.op_type in PASSING and any(_pools(reader) for reader, _ in node.outputs[0].uses())
+    return node.op_type == "MaxPool" or passing
 
 
 def _guard(graph: ir.Graph, pad: ir.Node) -> ir.Value:
