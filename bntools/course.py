@@ -49,23 +49,6 @@ class Course:
                 yield point
         yield self.total
 
-    def trend(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean of the later samples minus that of the earlier ones, and its standard error, both of shape (features,).
-
-        Earlier are the first third to two thirds. None for fewer than four samples.
-        """
-        n = self.total.count
-        earlier = min(self.points, key=lambda point: abs(point.count - n / 2), default=self.total)
-        rest = n - earlier.count
-        if min(earlier.count, rest) < FIRST:
-            return None
-        later = (n * self.total.mean - earlier.count * earlier.mean) / rest
-        delta = self.total.mean - earlier.mean
-        # The parting of all deviations into those within either part and that between the two (Chan et al., eq. 2.1).
-        within = self.total.m2 - delta * delta * (n * earlier.count / rest)
-        error = np.sqrt(np.maximum(within, 0) / (n - 2) * (1 / earlier.count + 1 / rest))
-        return later - earlier.mean, error
-
 
 def convergence(courses: Mapping[str, Course], stds: Mapping[str, np.ndarray], samples: int) -> list[tuple[int, float]]:
     """How the standard error of the worst channel's mean fell: pairs of a number of samples and the error.

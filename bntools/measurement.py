@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -62,6 +63,10 @@ class Job:
     def restore(self) -> None:
         """Write the statistics as they were."""
         self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
+
+    def put_back(self) -> None:
+        """Write the statistics as they were; the counters of updates were left alone."""
+        self.backend.write(self.model, {name: (*layer.stats, None) for name, layer in self.before.items()})
 
     def undo(self) -> None:
         """Give the user's model the statistics that it had."""
@@ -134,6 +139,13 @@ def targets(
         what = "measured" if frozen else "recalibrated"
         raise BntoolsError(f"none of the {len(layers)} BN layers can be {what} ({listed})")
     return chosen, untouched
+
+
+def check_positive(numbers: Mapping[str, Any]) -> None:
+    """Raise BntoolsError for an argument that is given and is no positive number."""
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, Real) and float(value) > 0):
+            raise BntoolsError(f"found {name}={value!r}, expected a positive number")
 
 
 def _reason(layer: BatchNorm, selected: bool, frozen: bool) -> str | None:

@@ -16,7 +16,7 @@ from bntools.course import convergence
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, distance
-from bntools.measurement import Job, Progress, exact, targets
+from bntools.measurement import Job, Progress, check_positive, exact, targets
 from bntools.moments import Moments
 from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
 from bntools.replicas import Measured, one_by_one
@@ -201,9 +201,7 @@ def _check_arguments(
         raise BntoolsError(f"found method={method!r}, expected one of {', '.join(METHODS)}")
     if not isinstance(prior, Real) or not 0 <= prior < math.inf:
         raise BntoolsError(f"found prior={prior!r}, expected a number of samples, 0 or more")
-    for name, value in (("memory", memory), ("tolerance", tolerance), ("max_samples", max_samples)):
-        if value is not None and not (isinstance(value, Real) and value > 0):
-            raise BntoolsError(f"found {name}={value!r}, expected a positive number")
+    check_positive({"memory": memory, "tolerance": tolerance, "max_samples": max_samples})
     if method == "ema" and prior:
         raise BntoolsError("found prior= with method='ema': the moving average weighs the stored statistics itself")
     if method != "exact" and tolerance is not None:

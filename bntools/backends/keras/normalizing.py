@@ -17,7 +17,7 @@ STOCK = keras.layers.BatchNormalization.call
 
 
 def masked_moments(x: Any, mask: Any, axis: int, per_sample: bool) -> tuple[Moments, np.ndarray | None]:
-    """Moments of a layer's input per channel on ``axis``, and the samples' means, of the positions that the mask leaves.
+    """Moments of a layer's input per channel on ``axis``, and the samples' means, of what the mask leaves.
 
     ``mask`` has the shape of ``x`` without the last axis, as Keras has it; None leaves all. Half precision is measured
     in float32, in which the layer computes.
