@@ -69,7 +69,8 @@ def section(layers: Sequence[Channels], after: str) -> Section | None:
         parts.append(tag("p", {"class": "aside"}, f"{words.counted(left, 'layer')} with less drift cannot be chosen."))
     explanation = (
         f"One dot for each channel: the stored value across, the {after} one upwards. On the dashed line nothing "
-        "changed; dots in a row beside it are a shift of the whole input, single ones are channels to look at."
+        "changed; dots in a row beside it are a shift of the whole input, single ones, with their number, are channels "
+        "to look at. Colours are those of the drift."
     )
     return Section("channels", f"Stored against {after}, by channel", explanation, joined([*parts, *panels]))
 
@@ -120,11 +121,20 @@ def _plot(layer: Channels, drawn: np.ndarray, after: str, what: str) -> Html:
     levels = np.array([words.severity(float(drift)) for drift in layer.drift[drawn]])
     chosen = ((level, levels == level) for level in get_args(words.Severity))
     marks += [charts.dots(x, y, stored[of], new[of], level) for level, of in chosen if of.any()]
-    distance = np.abs(np.log(layer.ratio[drawn])) if log else np.abs(layer.shift[drawn])
-    for place in np.argsort(-distance, kind="stable")[:RINGS]:
-        channel = int(drawn[place])
-        if layer.drift[channel] >= words.BOUNDS[0][0]:
-            moved = f"ratio {words.number(float(layer.ratio[channel]))}"
-            full = f"channel {channel}: {moved if log else f'shift {words.number(float(layer.shift[channel]))} std'}"
-            marks.append(charts.named(x, y, (float(stored[place]), float(new[place])), f"{channel}", full))
+    marks += charts.named(x, y, _leaders(layer, drawn, stored, new, log))
     return charts.chart(f"{what} of each channel of {layer.name}: stored against {after}", x, y, *marks)
+
+
+def _leaders(
+    layer: Channels, drawn: np.ndarray, stored: np.ndarray, new: np.ndarray, log: bool
+) -> list[tuple[tuple[float, float], str, str]]:
+    """The few channels that are farthest off: where they are drawn, their number, and how far."""
+    ratio, shift = layer.ratio[drawn], layer.shift[drawn]
+    distance = np.abs(np.log(ratio)) if log else np.abs(shift)
+    leaders = []
+    for place in np.argsort(-distance, kind="stable")[:RINGS]:
+        if layer.drift[drawn[place]] >= words.BOUNDS[0][0]:
+            off = f"ratio {words.number(float(ratio[place]))}" if log else f"{words.number(float(shift[place]))} std"
+            at = (float(stored[place]), float(new[place]))
+            leaders.append((at, f"{drawn[place]}", f"channel {drawn[place]}: {off}"))
+    return leaders

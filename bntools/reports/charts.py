@@ -39,7 +39,7 @@ class Axis:
             return _round_ticks(self.low, self.high)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         step = max(1, math.ceil((last - first) / 5))
-        factors = (1, 2, 5) if last - first <= 2 else (1,)
+        factors = (1, 2, 5) if self.high < 150 * self.low else (1,)
         ticks = [factor * 10.0**power for power in range(first, last + 1, step) for factor in factors]
         inside = [tick for tick in ticks if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9)]
         return inside if len(inside) > 1 else _round_ticks(self.low, self.high)
@@ -117,13 +117,20 @@ def dots(x: Axis, y: Axis, xs: np.ndarray, ys: np.ndarray, style: str) -> Html:
     return tag("path", {"class": f"dots {style}", "d": "".join(f"M{_px(a)} {_px(b)}h0" for a, b in points)})
 
 
-def named(x: Axis, y: Axis, at: tuple[float, float], said: str, full: str) -> Html:
-    """A word beside a dot, on the side where there is room, and a longer one for the pointer."""
-    across, upward = float(x.at(at[0])), float(y.at(at[1]))
-    right = across < WIDTH - 110
-    word = _text(across + (8 if right else -8), upward + 4, said, "start" if right else "end", "named")
-    ring = tag("circle", {"class": "ring", "cx": _px(across), "cy": _px(upward), "r": "5.5"})
-    return tag("g", None, tag("title", None, full), ring, word)
+def named(x: Axis, y: Axis, marks: Sequence[tuple[tuple[float, float], str, str]]) -> list[Html]:
+    """Rings around dots, each with a word where there is room for one and a longer one for the pointer."""
+    drawn: list[Html] = []
+    words: list[tuple[float, float]] = []
+    for (left, height), said, full in marks:
+        across, upward = float(x.at(left)), float(y.at(height))
+        ring = tag("circle", {"class": "ring", "cx": _px(across), "cy": _px(upward), "r": "5.5"})
+        free = not any(abs(across - other) < 60 and abs(upward - above) < 14 for other, above in words)
+        on_the_right = across < WIDTH - 110
+        place = across + (8 if on_the_right else -8)
+        word = _text(place, upward + 4, said, "start" if on_the_right else "end", "named") if free else None
+        words += [(across, upward)] if free else []
+        drawn.append(tag("g", None, tag("title", None, full), ring, word))
+    return drawn
 
 
 def columns(x: Axis, y: Axis, edges: np.ndarray, heights: np.ndarray, style: str) -> Html:

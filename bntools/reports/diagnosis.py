@@ -41,7 +41,7 @@ def report(found: Diagnosis, title: str, about: Mapping[str, str]) -> str:
         shapes.histograms(found),
         convergence.section(found.convergence),
         wholes.preprocessing(found.preprocessing),
-        wholes.domains(found.domains),
+        *wholes.domains(found),
         _table(found, layers) if layers else None,
         *remarks(found.untouched, found.notes),
     ]

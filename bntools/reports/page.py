@@ -91,7 +91,8 @@ def _section(one: Section) -> Html:
 
 def code(command: str) -> Html:
     """Something to type, which the page's script gives a button to copy it."""
-    return tag("pre", {"class": "how", "tabindex": "0"}, tag("code", None, command))
+    block = tag("pre", {"class": "how", "tabindex": "0"}, tag("code", None, command))
+    return tag("div", {"class": "command"}, block)
 
 
 def name(full: str, shown: str | None = None) -> Html:

@@ -18,7 +18,8 @@ def modes(found: Diagnosis) -> Section | None:
     explanation = (
         "Difference between the model's output in eval mode, with stored statistics, and in train mode, with each "
         "batch's own: the largest one, in percent of the largest output. If it stays when all samples are one batch, "
-        "the stored statistics do not fit; if it is only there in small batches, it is their noise."
+        "the stored statistics do not fit; if it is only there in small batches, it is their noise. Samples "
+        "agree whose largest output is the same one."
     )
     body = bars("Difference between eval and train mode by batch size", rows)
     return Section("modes", "Eval against train mode", explanation, body)
@@ -30,7 +31,7 @@ def _size(one: ModeGap) -> str:
 
 def _mode(one: ModeGap) -> str:
     agreement = "" if one.agreement is None else f", {words.percent(one.agreement)} agree"
-    return f"{words.percent(one.error)}{agreement}"
+    return f"{words.percent(one.error)} off{agreement}"
 
 
 def preprocessing(found: Sequence[Preprocessing]) -> Section | None:
@@ -48,18 +49,24 @@ def preprocessing(found: Sequence[Preprocessing]) -> Section | None:
     return Section("preprocessing", "Preprocessing", explanation, bars("First layer's drift by preprocessing", rows))
 
 
-def domains(found: Sequence[Domain]) -> Section | None:
-    """How far parts of the data are from all of it."""
-    if not found:
+def domains(found: Diagnosis) -> list[Section]:
+    """How far parts of the data are from all of it: its domains, and its first and second half."""
+    named = _parts("domains", "Parts of the data", sorted(found.domains, key=lambda one: -one.drift))
+    halves = _parts("halves", "From the first half of the data to the second", found.halves)
+    return [one for one in (named, halves) if one is not None]
+
+
+def _parts(anchor: str, title: str, parts: Sequence[Domain]) -> Section | None:
+    if not parts:
         return None
     rows = []
-    for one in sorted(found, key=lambda one: -one.drift):
+    for one in parts:
         level = "noise" if one.drift <= one.noise else words.severity(one.drift)
         count = words.counted(one.samples, "sample")
         rows.append(Bar(one.name, one.drift, f"{words.number(one.drift)} std", level, 0.0, one.noise, count))
     explanation = (
-        "How far the statistics of each part of the data are from those of all of it, in the layer and channel where "
-        "that is most. The dashed mark is what a part of that size would show by chance: bars well beyond it are "
-        "domains that differ."
+        "How far the statistics of each part are from those of all data: the root mean square over a layer's channels, "
+        "in the layer where that is most. The dashed mark is what a part of that size would show by chance: a bar well "
+        "beyond it is a part that differs."
     )
-    return Section("domains", "Parts of the data", explanation, bars("Drift of the parts of the data", rows))
+    return Section(anchor, title, explanation, bars(title, rows))
