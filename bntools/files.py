@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str]
     admitted.
     """
     path = Path(path)
-    backend = _reader(path)
+    backend = reader(path)
     arch = imports.named(arch, "arch") if isinstance(arch, str) else arch
     with _readable(path):
         model, origin = backend.load(str(path), arch=arch, allow=(allow,) if isinstance(allow, str) else tuple(allow))
@@ -52,7 +52,7 @@ def working(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[s
     Of an ONNX file with external weights only those are read that are asked for: its size does not matter.
     """
     path = Path(path)
-    backend = _reader(path)
+    backend = reader(path)
     if not hasattr(backend, "working"):
         return load(path, arch=arch, allow=allow)
     with _readable(path):
@@ -62,7 +62,7 @@ def working(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[s
 def peek(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str] | str = ()) -> Any:
     """What ``inspect`` needs of a file: read without its framework where that is possible, else as ``working`` does."""
     path = Path(path)
-    backend = _reader(path)
+    backend = reader(path)
     if arch is None and hasattr(backend, "peek") and path.is_file():
         with _readable(path):
             found = backend.peek(str(path))
@@ -71,7 +71,7 @@ def peek(path: str | os.PathLike[str], *, arch: Any = None, allow: Sequence[str]
     return working(path, arch=arch, allow=allow)
 
 
-def _reader(path: Path) -> ModuleType:
+def reader(path: Path) -> ModuleType:
     """The back end that reads a file; raises BntoolsError for what is no file."""
     if not path.exists():
         raise BntoolsError(f"{path}: no such file")

@@ -17,7 +17,7 @@ from bntools import BntoolsError, VerificationError, __version__
 
 from . import stdout
 
-COMMANDS = ("inspect", "recalibrate", "reset", "fold", "export", "verify", "demo")
+COMMANDS = ("inspect", "recalibrate", "reset", "stats", "diff", "fold", "export", "verify", "demo")
 
 FAILED = 1
 NOT_VERIFIED = 3

@@ -49,8 +49,8 @@ def write(model: Any, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> 
     found, steps = norms(model), training_steps(model)
     new = [(name, found[name], *values) for name, values in statistics.items()]
     for name, layer, mean, var, _ in new:
-        _check_fits(name, layer.moving_mean, mean, "mean")
-        _check_fits(name, layer.moving_variance, var, "variance")
+        check_fits(name, layer.moving_mean, mean, "mean")
+        check_fits(name, layer.moving_variance, var, "variance")
     for _, layer, mean, var, updates in new:
         _store(layer, np.asarray(mean), np.asarray(var))
         if updates is not None:
@@ -124,7 +124,8 @@ def _initial(initializer: Any, usual: float) -> float:
     return initial(type(initializer).__name__, initializer.get_config(), usual)
 
 
-def _check_fits(name: str, stored: Any, values: Any, what: str) -> None:
+def check_fits(name: str, stored: Any, values: Any, what: str) -> None:
+    """Raise BntoolsError where values are too large for the dtype in which a layer stores them."""
     new = np.asarray(values)
     with np.errstate(over="ignore"):
         kept = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(new), stored.dtype)).astype(np.float64)
@@ -149,13 +150,13 @@ def _store_renorm(layer: Any, mean: np.ndarray, var: np.ndarray) -> None:
     Keras takes its standard deviations with epsilon in them.
     """
     now = Renorm(_values(layer.moving_mean), _values(layer.moving_variance), _others(layer))
-    if any(not np.allclose(now.others[name], values) for name, values in _derived(layer, now.mean, now.var).items()):
+    if any(not np.allclose(now.others[name], values) for name, values in derived(layer, now.mean, now.var).items()):
         _renorm[layer] = now  # as training left them, which nothing else can tell
     known = _renorm.get(layer)
     if known is not None and np.array_equal(known.mean, mean) and np.array_equal(known.var, var):
         others = known.others
     else:
-        others = _derived(layer, mean, var)
+        others = derived(layer, mean, var)
     for name, values in others.items():
         getattr(layer, name).assign(values)
 
@@ -164,6 +165,7 @@ def _others(layer: Any) -> dict[str, np.ndarray]:
     return {name: _values(getattr(layer, name)) for name in RENORM}
 
 
-def _derived(layer: Any, mean: np.ndarray, var: np.ndarray) -> dict[str, np.ndarray]:
+def derived(layer: Any, mean: np.ndarray, var: np.ndarray) -> dict[str, np.ndarray]:
+    """The further variables of batch renormalization that agree with a mean and variance."""
     std = np.sqrt(np.maximum(var, 0) + layer.epsilon)
     return {"moving_stddev": std, "renorm_mean": mean, "renorm_stddev": std}

@@ -22,6 +22,7 @@ _HOME = {
     "absence": "absent",
     "absorb": "surgery",
     "check_inference": "inference",
+    "digest": "digests",
     "add_metadata": "writing",
     "export": "shipping",
     "free_memory": "memory",

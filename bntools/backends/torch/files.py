@@ -50,7 +50,7 @@ def load(path: str, arch: Arch | None = None, allow: Sequence[str] = ()) -> tupl
 
     Raises BntoolsError where the file is none of PyTorch's forms or does not fit ``arch``.
     """
-    form = _form(path)
+    form = form_of(path)
     if form == "torchscript":
         raise BntoolsError(
             f"{path}: a TorchScript archive, whose layers run outside Python; load the nn.Module it was made "
@@ -109,7 +109,8 @@ def save(model: nn.Module, path: str, temporary: Path, origin: Origin | None = N
         _write_pickle(path, model, temporary)
 
 
-def _form(path: str) -> str:
+def form_of(path: str) -> str:
+    """Which of PyTorch's forms a file has. Raises BntoolsError for none of them."""
     if zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             pickles.check_sizes(path, file)

@@ -70,8 +70,8 @@ def write(model: nn.Module, statistics: Mapping[str, tuple[Any, Any, int | None]
     """
     new = [(name, _named(model, name), *values) for name, values in statistics.items()]
     for name, module, mean, var, _ in new:
-        _check_fits(name, module.running_mean, mean, "mean")
-        _check_fits(name, module.running_var, var, "variance")
+        check_fits(name, module.running_mean, mean, "mean")
+        check_fits(name, module.running_var, var, "variance")
     for _, module, mean, var, updates in new:
         _store(module, mean, var, updates)
 
@@ -192,7 +192,8 @@ def has_train_mode(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) or bool(module._parameters)
 
 
-def _check_fits(name: str, stored: torch.Tensor, values: Any, what: str) -> None:
+def check_fits(name: str, stored: torch.Tensor, values: Any, what: str) -> None:
+    """Raise BntoolsError where values are too large for the dtype in which a layer stores them."""
     new = torch.as_tensor(values)
     if (lost := new.isfinite() & ~new.to(stored.dtype).isfinite()).any():
         raise BntoolsError(

@@ -1,0 +1,64 @@
+"""Statistics of a live module, exchanged often: what is needed for it is looked up once.
+
+Values are copied into the buffers that are there. Exchanging the tensors would be faster, but what holds on to a
+buffer (a captured CUDA graph, compiled code, DistributedDataParallel) would go on with the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bntools.backends.torch.layers import check_fits, modules, unwrap
+from bntools.errors import BntoolsError
+
+MEAN, VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+
+
+class Live:
+    """The statistics of some layers of a module, wherever its buffers lie at the time."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]):
+        self.owner = unwrap(model)
+        found = modules(model)
+        self._layers = {name: found[name]._buffers for name in names}
+        for name, buffers in self._layers.items():
+            if buffers.get(MEAN) is None or buffers.get(VAR) is None:
+                raise BntoolsError(f"layer {name!r} keeps its statistics outside of its buffers: use bntools.apply")
+        self._places = [
+            (buffers, key)
+            for buffers in self._layers.values()
+            for key in (MEAN, VAR, COUNTER)
+            if buffers.get(key) is not None
+        ]
+
+    def made(self, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> list[torch.Tensor]:
+        """Statistics in the form in which the buffers hold them now. Raises BntoolsError where they do not fit."""
+        result = []
+        for name, buffers in self._layers.items():
+            mean, var, updates = statistics[name]
+            check_fits(name, buffers[MEAN], mean, "mean")
+            check_fits(name, buffers[VAR], var, "variance")
+            result += [torch.as_tensor(v).to(buffers[k]) for k, v in ((MEAN, mean), (VAR, var))]
+            if (counter := buffers.get(COUNTER)) is not None:
+                result.append(counter.clone() if updates is None else torch.full_like(counter, updates))
+        return result
+
+    @torch.no_grad()
+    def taken(self) -> list[torch.Tensor]:
+        """Copies of all of them."""
+        return [tensor.clone() for tensor in self._tensors()]
+
+    @torch.no_grad()
+    def put(self, values: list[torch.Tensor]) -> None:
+        """Store what ``made`` or ``taken`` gave, also where the module has moved to another device since."""
+        torch._foreach_copy_(self._tensors(), values)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [buffers[key] for buffers, key in self._places]
+
+
+live = Live
