@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from bntools.errors import BntoolsError, NotFrozenError, VerificationError
 
 if TYPE_CHECKING:
+    from bntools.adapting import adapt
     from bntools.applying import apply
     from bntools.banking import bank
-    from bntools.diffing import diff
-    from bntools.adapting import adapt
     from bntools.conversion import convert
+    from bntools.diffing import diff
     from bntools.exporting import export
     from bntools.files import load, save
     from bntools.folding import fold
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from bntools.inspection import inspect
     from bntools.layer import BatchNorm
     from bntools.moments import Moments
+    from bntools.monitoring import watch
     from bntools.recalibration import recalibrate
+    from bntools.reports import report
     from bntools.statfiles import load_stats, save_stats
     from bntools.stats import Statistics, statistics
     from bntools.using import use
@@ -44,8 +46,10 @@ _HOME = {
     "fold": "folding",
     "convert": "conversion",
     "adapt": "adapting",
+    "watch": "monitoring",
     "export": "exporting",
     "verify": "verification",
+    "report": "reports",
     "Statistics": "stats",
     "statistics": "stats",
     "save_stats": "statfiles",
@@ -63,8 +67,8 @@ __all__ = [
     "NotFrozenError",
     "Statistics",
     "VerificationError",
-    "apply",
     "adapt",
+    "apply",
     "assert_frozen",
     "bank",
     "convert",
@@ -76,6 +80,7 @@ __all__ = [
     "load",
     "load_stats",
     "recalibrate",
+    "report",
     "reset",
     "save",
     "save_stats",
@@ -84,6 +89,7 @@ __all__ = [
     "unfreeze",
     "use",
     "verify",
+    "watch",
 ]
 
 

@@ -35,7 +35,9 @@ def tracked() -> list[str]:
 
 def test_the_wheel_holds_the_whole_tree(wheel):
     """Every module of bntools and of cli, and the marker of its types, is in the wheel under its place."""
-    expected = {name for name in tracked() if name.startswith("bntools/") and name.endswith((".py", "py.typed"))}
+    expected = {
+        name for name in tracked() if name.startswith("bntools/") and name.endswith((".py", "py.typed", ".css", ".js"))
+    }
     expected |= {f"bntools/{name}" for name in tracked() if name.startswith("cli/") and name.endswith(".py")}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
     assert "bntools/cli/recalibrate.py" in expected
