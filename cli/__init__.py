@@ -80,5 +80,5 @@ def main() -> None:
     """The toolkit for batch-normalization statistics, from fine-tuning to deployment.
 
     Exit status: 0 done; 1 refused or failed, nothing written; 2 wrong usage; 3 verification failed,
-    nothing written.
+    nothing written but the report that --html asks for.
     """

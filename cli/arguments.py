@@ -79,6 +79,19 @@ class Provider(click.ParamType):
         return name, {key: text for key, _, text in pairs}
 
 
+class HtmlFile(click.ParamType):
+    """The name of an HTML file to write."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Refuse other suffixes: the report is meant for browsers, and must not land on a model."""
+        path = Path(value)
+        if path.suffix.lower() not in (".html", ".htm"):
+            self.fail(f"{str(value)!r}: expected a name that ends in .html", param, ctx)
+        return path
+
+
 model = click.argument("model", type=click.Path(path_type=Path))
 data = click.argument("data")
 optional_data = click.argument("data", required=False)
@@ -102,6 +115,7 @@ target = click.option(
 )
 in_place = click.option("--in-place", is_flag=True, help="Replace MODEL itself.")
 force = click.option("--force", is_flag=True, help="Overwrite what exists.")
+html = click.option("--html", type=HtmlFile(), metavar="FILE", help="Also write a report that a browser shows.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
 
 to_inference = click.option(

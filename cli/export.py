@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import arguments, loading, output, paths, shipping
+from . import arguments, loading, output, paths, reporting, shipping
 from .loading import example, load
 from .reading import Reading, reading_options
 
@@ -25,6 +25,7 @@ from .reading import Reading, reading_options
 @arguments.arch
 @arguments.allow
 @arguments.to_inference
+@arguments.html
 @arguments.as_json
 def command(
     model: Path,
@@ -39,6 +40,7 @@ def command(
     arch: str | None,
     allow: tuple[str, ...],
     to_inference: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Export MODEL to OUT.onnx, BN folded, and verify the file in ONNX Runtime.
@@ -47,10 +49,20 @@ def command(
     the model takes; after bntools recalibrate the record knows.
     """
     paths.refuse_existing(exported, force=force)
+    reporting.refuse(html, force)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     batch, described = example(model, loaded, data, shape, reading)
     output.say(f"trying it on {described}", quiet=as_json)
     shipping.export(
-        model, loaded, exported, batch, providers=providers, tolerance=tolerance, opset=opset, as_json=as_json
+        model,
+        loaded,
+        exported,
+        batch,
+        providers=providers,
+        tolerance=tolerance,
+        opset=opset,
+        html=html,
+        tried=described,
+        as_json=as_json,
     )

@@ -9,7 +9,7 @@ import click
 
 from bntools.errors import BntoolsError
 
-from . import arguments, loading, output, paths, progress, shipping
+from . import arguments, loading, output, paths, progress, reporting, shipping
 from .loading import example, load
 from .reading import Reading, reading_options
 
@@ -26,6 +26,7 @@ from .reading import Reading, reading_options
 @arguments.arch
 @arguments.allow
 @arguments.to_inference
+@arguments.html
 @arguments.as_json
 def command(
     model: Path | None,
@@ -39,6 +40,7 @@ def command(
     arch: str | None,
     allow: tuple[str, ...],
     to_inference: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Fold the BN layers of MODEL into the weights beside them, and check that nothing changed.
@@ -50,6 +52,7 @@ def command(
     """
     written = _written(target, exported, layers)
     paths.refuse_existing(written, force=force)
+    reporting.refuse(html, force)
     if model is None:
         model = _choose(written, as_json)
     if target is not None and paths.is_onnx(target) != paths.is_onnx(model):
@@ -60,9 +63,9 @@ def command(
     batch, described = example(model, loaded, data, shape, reading)
     output.say(f"trying it on {described}", quiet=as_json)
     if exported is not None:
-        shipping.export(model, loaded, exported, batch, as_json=as_json)
+        shipping.export(model, loaded, exported, batch, html=html, tried=described, as_json=as_json)
     else:
-        _fold(model, loaded, written, batch, layers, as_json)
+        _fold(model, loaded, written, batch, layers, html, described, as_json)
 
 
 def _written(target: Path | None, exported: Path | None, layers: tuple[str, ...]) -> Path:
@@ -94,13 +97,24 @@ def _choose(written: Path, as_json: bool) -> Path:
     return model
 
 
-def _fold(model: Path, loaded: Any, written: Path, batch: Any, layers: tuple[str, ...], as_json: bool) -> None:
+def _fold(
+    model: Path,
+    loaded: Any,
+    written: Path,
+    batch: Any,
+    layers: tuple[str, ...],
+    html: Path | None,
+    tried: str,
+    as_json: bool,
+) -> None:
     import bntools
 
     with progress.step(f"folding {model}"):
         result = bntools.fold(loaded, batch, layers=layers or None)
-    bntools.save(result.model, written)
+    with reporting.beside(html, result, {"model": str(model), "output": str(written), "tried on": tried}):
+        bntools.save(result.model, written)
     if as_json:
         output.as_json(shipping.record(model, written, result.folded, result.kept, result.check))
     else:
         shipping.show(result.folded, result.kept, result.check, written)
+        reporting.said(html, quiet=False)

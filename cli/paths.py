@@ -52,7 +52,7 @@ def record_of(model: Path) -> Path:
     return model.with_name(f"{model.name}.json") if _form(model) == FOLDER else model.with_suffix(".json")
 
 
-def refuse_existing(*paths: Path, force: bool) -> None:
+def refuse_existing(*paths: Path, force: bool, option: str = "-o") -> None:
     """Raise BntoolsError if a file would be overwritten without ``--force``, or cannot be created there."""
     for path in paths:
         if path.is_dir() and not is_saved_model(path):
@@ -60,7 +60,7 @@ def refuse_existing(*paths: Path, force: bool) -> None:
         if not path.parent.is_dir():
             raise BntoolsError(f"{path}: there is no folder {path.parent}")
         if path.exists() and not force:
-            raise BntoolsError(f"{path} exists: choose another name with -o, or overwrite it with --force")
+            raise BntoolsError(f"{path} exists: choose another name with {option}, or overwrite it with --force")
 
 
 def newest_model(export: Path) -> tuple[Path, list[Path]]:

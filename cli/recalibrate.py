@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import arguments, loading, output, progress, records
+from . import arguments, bank, loading, output, progress, records, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -18,6 +18,9 @@ from .reading import Reading, reading_options, said_when_skipped
 @arguments.target
 @arguments.in_place
 @arguments.force
+@click.option(
+    "--per-domain", is_flag=True, help="A file of statistics for each subfolder of DATA, in MODEL.sites; MODEL stays."
+)
 @click.option("--method", type=click.Choice(["exact", "precise", "ema"]), default="exact", show_default=True)
 @click.option(
     "--prior", type=arguments.Finite(min=0), default=0, metavar="N", help="Count the stored statistics as N samples."
@@ -34,6 +37,7 @@ from .reading import Reading, reading_options, said_when_skipped
 @arguments.arch
 @arguments.allow
 @arguments.to_inference
+@arguments.html
 @arguments.as_json
 def command(
     model: Path,
@@ -41,6 +45,7 @@ def command(
     target: Path | None,
     in_place: bool,
     force: bool,
+    per_domain: bool,
     method: str,
     prior: float,
     memory: int | None,
@@ -51,19 +56,42 @@ def command(
     arch: str | None,
     allow: tuple[str, ...],
     to_inference: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the BN statistics of MODEL anew on DATA, without training and without labels.
 
     Writes MODEL.recalibrated, with the suffix that MODEL has, and the record MODEL.recalibrated.json beside it.
     DATA is a folder of images, a .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a
-    function package.module:function that yields batches.
+    function package.module:function that yields batches. With --per-domain, DATA is a folder with a subfolder, or file
+    of arrays, for each domain; bntools stats apply brings one of the files into MODEL, bntools.use into a live model.
     """
-    written, record_path = records.destinations(model, target, in_place, force)
+    if per_domain:
+        folder = bank.destination(model, target, in_place, force)
+    else:
+        written, record_path = records.destinations(model, target, in_place, force)
+    reporting.refuse(html, force)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
+    if per_domain:
+
+        def measure(found: Any, domains: dict[str, Any], report: Any) -> Any:
+            return bntools.bank(
+                found,
+                domains,
+                method=method,
+                prior=prior,
+                layers=layers or None,
+                memory=memory,
+                tolerance=tolerance,
+                check=not no_check,
+                progress=report,
+            )
+
+        bank.write(model, loaded, data, folder, reading, measure, as_json)
+        return
     batches = reading.open(data, loaded)
     output.say(f"{data}: {batches.description}", quiet=as_json)
     with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
@@ -80,11 +108,14 @@ def command(
         )
     start = records.provenance("recalibrate", model, written)
     record = {**start, "input": batches.spec, **records.recalibration(result)}
-    records.write_both(loaded, written, record, record_path)
+    about = {"model": str(model), "data": f"{data}: {batches.description}", "output": str(written)}
+    with reporting.beside(html, result, about):
+        records.write_both(loaded, written, record, record_path)
     if as_json:
         output.as_json(record)
     else:
         _print(result, [written, record_path])
+        reporting.said(html, quiet=False)
 
 
 def _print(result: Any, written: list[Path]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from . import output, progress
+from bntools.errors import VerificationError
+
+from . import output, progress, reporting
 
 
 def export(
@@ -20,17 +22,29 @@ def export(
     providers: tuple[Any, ...] = (),
     tolerance: float | None = None,
     opset: int | None = None,
+    html: Path | None = None,
+    tried: str = "",
     as_json: bool,
 ) -> None:
-    """Export a loaded model to this path and print what came of it."""
+    """Export a loaded model to this path and print what came of it; a report also says why there is no file."""
     import bntools
 
-    with progress.step(f"exporting {path}"):
-        check = bntools.export(loaded, path, batch, providers=providers or ("cpu",), tolerance=tolerance, opset=opset)
+    about = {"model": str(model), "output": str(path), "tried on": tried}
+    providers = providers or ("cpu",)
+    try:
+        with progress.step(f"exporting {path}"):
+            check = bntools.export(loaded, path, batch, providers=providers, tolerance=tolerance, opset=opset)
+    except VerificationError as error:
+        if error.check is not None:
+            reporting.write(html, error.check, {**about, "output": f"{path}, which was not written"})
+            reporting.said(html, quiet=as_json)
+        raise
+    reporting.write(html, check, about, written=path)
     if as_json:
         output.as_json(record(model, path, check.folded, check.kept, check))
     else:
         show(check.folded, check.kept, check, path)
+        reporting.said(html, quiet=False)
 
 
 def record(model: Path, written: Path, folded: list[str], kept: dict[str, str], check: Any) -> dict[str, Any]:

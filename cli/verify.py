@@ -9,7 +9,7 @@ import click
 
 from bntools.errors import BntoolsError, VerificationError
 
-from . import arguments, output, progress, shipping
+from . import arguments, output, progress, reporting, shipping
 from .loading import inputs, load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -24,6 +24,8 @@ from .reading import Reading, reading_options, said_when_skipped
 @reading_options
 @arguments.arch
 @arguments.allow
+@arguments.html
+@arguments.force
 @arguments.as_json
 def command(
     reference: Path,
@@ -35,12 +37,16 @@ def command(
     reading: Reading,
     arch: str | None,
     allow: tuple[str, ...],
+    html: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compare the outputs of REFERENCE and CANDIDATE on DATA; exit status 3 if they differ.
 
     Each is a model file or an ONNX file; DATA, --shape or the record of REFERENCE say what they take.
+    The report that --html asks for is written whether they agree or not.
     """
+    reporting.refuse(html, force)
     first, second = (_model(path, arch, allow) for path in (reference, candidate))
     batches, described = inputs(reference, _described(first, second), data, shape, reading)
     output.say(f"comparing on {described}", quiet=as_json)
@@ -54,6 +60,8 @@ def command(
     else:
         for one in check.outputs:
             click.echo(str(one))
+    reporting.write(html, check, {"reference": str(reference), "candidate": str(candidate), "compared on": described})
+    reporting.said(html, quiet=as_json)
     if not check.passed:
         raise VerificationError(f"{candidate} does not agree with {reference}: {check}", check)
     if not as_json:
