@@ -19,7 +19,7 @@ from bntools.runner import Outputs
 from bntools.sampling import Sample
 
 SIZES = (1, 2, 8, 32)
-RUNS = 32  # batches of one size: enough for the largest difference, and size 1 takes as many runs as size 32
+RUNS = 16  # batches of one size at the most: a run costs as much for one sample as for a few
 ALONE = 10  # samples that are run by themselves
 BESIDE = (10, 100)  # and in batches of these sizes
 RANKED = 8  # layers whose share in the difference is measured: a run each

@@ -2,31 +2,121 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import arguments, output
+from . import arguments, diagnosis, loading, output, progress
 from .loading import load
+from .reading import Reading, reading_options, said_when_skipped
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from bntools.diagnosed import Diagnosis
     from bntools.layer import BatchNorm
 
 # What most models have in common in all layers is said once, above the table.
 COMMON = ("kind", "eps", "momentum", "updates", "frozen")
 
 
-@click.command(short_help="What BN layers hold, and what is wrong.")
+@click.command(short_help="What BN layers hold, what is wrong, and how they fit DATA.")
 @arguments.model
+@arguments.optional_data
+@click.option(
+    "--histogram", "histograms", multiple=True, metavar="LAYER", help="With DATA: a histogram of this layer's input."
+)
+@click.option(
+    "--training-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With DATA: the batch size of the training to come, for the advice.",
+)
+@reading_options
 @arguments.arch
 @arguments.allow
 @arguments.layers
+@arguments.to_inference
 @arguments.as_json
-def command(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple[str, ...], as_json: bool) -> None:
-    """What the BN layers of MODEL hold, and what is wrong with them."""
+def command(
+    model: Path,
+    data: str | None,
+    histograms: tuple[str, ...],
+    training_batch: int | None,
+    reading: Reading,
+    arch: str | None,
+    allow: tuple[str, ...],
+    layers: tuple[str, ...],
+    to_inference: bool,
+    as_json: bool,
+) -> None:
+    """What the BN layers of MODEL hold, and what is wrong with them.
+
+    With DATA, as in bntools recalibrate, also how well they fit it, and what to do. MODEL stays as it is.
+    """
+    if data is None:
+        _refuse_without_data(histograms, training_batch, to_inference)
+        _look(model, arch, allow, layers, as_json)
+        return
+    loaded = load(model, arch, allow)
+    loading.to_inference(model, loaded, to_inference, quiet=as_json)
+    batches = reading.open(data, loaded)
+    output.say(f"{data}: {batches.description}", quiet=as_json)
+    found = _diagnose(loaded, data, batches, reading, layers, histograms, training_batch, as_json)
+    if as_json:
+        figures = diagnosis.figures(found)
+        records = [{**_record(each.layer), **of} for each, of in zip(found, figures["layers"], strict=True)]
+        output.as_json({"model": str(model), "input": batches.spec, **figures, "layers": records})
+        return
+    diagnosis.show(found)
+    _print_problems([layer.layer for layer in found])
+
+
+def _refuse_without_data(histograms: tuple[str, ...], training_batch: int | None, to_inference: bool) -> None:
+    options = {"--histogram": histograms, "--training-batch": training_batch, "--to-inference": to_inference}
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"{name} is for a diagnosis: give DATA")
+
+
+def _diagnose(
+    model: Any,
+    data: str,
+    batches: Any,
+    reading: Reading,
+    layers: tuple[str, ...],
+    histograms: tuple[str, ...],
+    training_batch: int | None,
+    quiet: bool,
+) -> Diagnosis:
+    import bntools
+    from bntools import domains
+
+    parts = domains.of_folder(data, partial(_part, model, reading, batches.spec))
+    with said_when_skipped(data, batches, quiet), progress.samples() as report:
+        return bntools.inspect(
+            model,
+            batches,
+            layers=layers or None,
+            batch_size=training_batch,
+            histograms=histograms,
+            domains=parts,
+            progress=report,
+        )
+
+
+def _part(model: Any, reading: Reading, spec: dict[str, Any], folder: str, most: int) -> Any:
+    """A subfolder of images, opened as the whole folder was."""
+    channels = 3 if spec["channel_order"] == "RGB" else 1
+    height, width = spec["size"]
+    return replace(reading, size=(height, width), channels=channels, max_samples=most).open(folder, model)
+
+
+def _look(model: Path, arch: str | None, allow: tuple[str, ...], layers: tuple[str, ...], as_json: bool) -> None:
+    """Without data: the file is only looked into."""
     loaded = load(model, arch, allow, peek=True)
     import bntools
     from bntools import backends

@@ -21,10 +21,17 @@ def say(text: str = "", quiet: bool = False) -> None:
         click.echo(text)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, most: int | None = None) -> None:
+def table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    most: int | None = None,
+    styles: Sequence[str] = (),
+) -> None:
     """Print rows under headers, the first column to the left and the others to the right.
 
-    With ``most`` a terminal shows as many rows and says how many it left out; a pipe gets all of them.
+    With ``most`` a terminal shows as many rows and says how many it left out; a pipe gets all of them. ``styles`` are
+    rich's, one a row, for its first two cells on a terminal.
     """
     if not rows:
         return
@@ -34,12 +41,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, most: int | 
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         shown.add_column(header, justify="right" if index else "left", overflow="fold")
-    for row in rows[:most]:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+    for index, row in enumerate(rows[:most]):
+        style = styles[index] if styles else ""
+        shown.add_row(*(Text(cell, style if place < 2 else "") for place, cell in enumerate(row)))
     Console().print(shown)
     if most is not None and len(rows) > most:
         click.echo(f"... and {len(rows) - most} more")

@@ -1,0 +1,146 @@
+"""What ``bntools inspect MODEL DATA`` prints of a diagnosis, and its figures for programs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bntools.words import Severity, counted, number, percent, severity, shortened
+
+from . import output
+
+if TYPE_CHECKING:
+    from bntools.diagnosed import Diagnosis, LayerDrift
+
+STYLES: dict[Severity, str] = {
+    "noise": "dim",
+    "small": "green",
+    "clear": "yellow",
+    "large": "red",
+    "severe": "bold red",
+}
+HEADERS = ("layer", "drift", "+-", "channel", "mean", "std", "KL", "gap")
+MOST = 20  # layers in the table of a terminal
+LOOKS = 4  # preprocessings that are shown
+SHORTEST = 16  # characters of a layer's name that are always left
+
+
+def show(found: Diagnosis) -> None:
+    """Print a diagnosis: layers, the worst first, then the whole model, and what to do at the end."""
+    layers, samples = counted(len(found), "BN layer"), counted(found.samples, "sample")
+    click.echo(f"{layers} measured on {samples}; in stored standard deviations, the worst first:")
+    _print_layers(found.worst())
+    click.echo("+-: standard error of the mean; channel: the one that leads, with its shift of the mean, its ratio of")
+    click.echo(
+        "standard deviations and its divergence in nats; gap: what of the outputs' change goes back with it alone"
+    )
+    for layer in found.worst():
+        if layer.dead:
+            listed = ", ".join(map(str, layer.dead[:5])) + (", ..." if len(layer.dead) > 5 else "")
+            click.echo(f"{layer.name}: {counted(len(layer.dead), 'dead channel')} ({listed})")
+    for name, reason in found.untouched.items():
+        click.echo(f"not measured: {name}: {reason}")
+    _print_outputs(found)
+    _print_data(found)
+    for note in found.notes:
+        _print_wrapped(note)
+    _print_advice(found)
+
+
+def figures(found: Diagnosis) -> dict[str, Any]:
+    """All figures of a diagnosis but the records of its layers, which come with them by name."""
+    rest = ("samples", "alone", "convergence", "untouched", "notes")
+    lists = ("advice", "modes", "preprocessing", "domains", "halves")
+    return {
+        **{name: getattr(found, name) for name in rest},
+        **{name: [asdict(one) for one in getattr(found, name)] for name in lists},
+        "layers": [_figures(layer) for layer in found],
+    }
+
+
+def _figures(layer: LayerDrift) -> dict[str, Any]:
+    edges, counts = layer.histogram or (None, None)
+    return {
+        "name": layer.name,
+        "drift": layer.drift,
+        "standard_error": layer.standard_error,
+        "gap": layer.gap,
+        "calls": layer.calls,
+        "call_gap": layer.call_gap,
+        "dead": layer.dead,
+        "leading": [asdict(channel) for channel in layer.leading()],
+        "stored": {"mean": layer.layer.mean, "var": layer.layer.var},
+        "measured": {"mean": layer.mean, "var": layer.var},
+        "mean_shift": layer.mean_shift,
+        "std_ratio": layer.std_ratio,
+        "kl": layer.kl,
+        "histogram": None if edges is None else {"edges": edges, "counts": counts},
+    }
+
+
+def _print_layers(layers: list[LayerDrift]) -> None:
+    cells = [_cells(layer) for layer in layers]
+    styles = [STYLES[severity(layer.drift, layer.standard_error)] for layer in layers]
+    if sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(HEADERS, *cells, strict=True)]
+        left = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[1:])
+        cells = [(shortened(name, max(SHORTEST, left)), *others) for name, *others in cells]
+    output.table(HEADERS, cells, most=MOST, styles=styles)
+
+
+def _cells(layer: LayerDrift) -> tuple[str, ...]:
+    (lead,) = layer.leading(1)
+    return (
+        layer.name,
+        number(layer.drift),
+        number(layer.standard_error),
+        str(lead.channel),
+        f"{lead.mean:+.3g}",
+        f"x{number(lead.ratio)}",
+        number(lead.kl),
+        "-" if layer.gap is None else f"{layer.gap:.0%}",
+    )
+
+
+def _print_outputs(found: Diagnosis) -> None:
+    if found.modes:
+        click.echo("eval mode against train mode, on the same samples:")
+        rows = [
+            ["all" if one.batch_size is None else str(one.batch_size), number(one.error), percent(one.agreement)]
+            for one in found.modes
+        ]
+        output.table(["batch size", "error / scale", "same largest output"], rows)
+    if found.alone is not None:
+        click.echo(f"a sample by itself differs from the same in a batch by {found.alone:.1e} of the outputs' scale")
+
+
+def _print_data(found: Diagnosis) -> None:
+    if len(found.preprocessing) > 1:
+        click.echo("drift of the first layer under other preprocessings:")
+        shown = [look for i, look in enumerate(found.preprocessing) if i < LOOKS or look.given]
+        output.table(["preprocessing", "drift"], [[look.name, number(look.drift)] for look in shown])
+    if found.domains:
+        click.echo("parts of the data against all of it:")
+        rows = [
+            [one.name, f"{one.samples:,}", number(one.drift), number(one.noise), number(one.look)]
+            for one in found.domains
+        ]
+        output.table(["part", "samples", "drift", "by chance", "first layer"], rows)
+
+
+def _print_advice(found: Diagnosis) -> None:
+    for place, one in enumerate(found.advice, 1):
+        _print_wrapped(f"{place}. {one.action}: {one.reason}", "   ")
+        for line in one.how.splitlines():
+            click.echo(f"       {line}")
+
+
+def _print_wrapped(text: str, indent: str = "") -> None:
+    """Text for a terminal of this width; in a pipe one line."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    click.echo(textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False) if width else text)
