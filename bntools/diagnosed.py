@@ -99,12 +99,14 @@ class Advice:
 class Preprocessing:
     """How well the data fits what the first BN layer has stored, under one way of preprocessing.
 
-    ``drift`` is that of the first layer under it; ``given`` tells whether the data came that way.
+    ``drift`` is that of the first layer under it; ``given`` tells whether the data came that way. ``how`` is the line
+    of Python that brings ``images``, a NumPy array of the data as it came, there.
     """
 
     name: str
     drift: float
     given: bool = False
+    how: str = ""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,15 @@ class BatchNorm:
         return self.mean is not None and self.var is not None
 
     @property
+    def remainder(self) -> float:
+        """The share of the initial values still inside the statistics: 1 before any update, 0 if nothing tells."""
+        if not self.tracked or not self.initialized:
+            return 0.0
+        if _still_initial(*self.stats, self):
+            return 1.0
+        return (self.initial_share or 0.0) if _can_be_inside(self) else 0.0
+
+    @property
     def stats(self) -> Stats:
         """Mean and variance together. Raises BntoolsError where the layer keeps none."""
         if self.mean is None or self.var is None:
@@ -157,14 +166,17 @@ def _momentum_problems(layer: BatchNorm) -> Iterator[str]:
     mean, var = layer.stats
     if _still_initial(mean, var, layer):
         yield f"never updated: the statistics still have their initial values {mean[0]:g} and {var[0]:g}"
-    elif layer.initial_share is not None and SMALL_SHARE < layer.initial_share <= var.min() / (layer.initial[1] or 1):
-        # A share s of an initial variance v cannot be inside a variance below s * v: then
-        # something other than momentum has written the statistics.
+    elif layer.initial_share is not None and layer.initial_share > SMALL_SHARE and _can_be_inside(layer):
         values = "" if layer.initial == (0.0, 1.0) else "s {:g} and {:g}".format(*layer.initial)
         yield (
             f"{layer.initial_share:.0%} of the initial value{values} {'are' if values else 'is'} still inside after "
             f"{layer.updates} updates at momentum {layer.momentum:g}{layer.doubt and f', {layer.doubt}'}"
         )
+
+
+def _can_be_inside(layer: BatchNorm) -> bool:
+    """A share s of an initial variance v cannot be inside a variance below s * v: something else has written it."""
+    return (layer.initial_share or 0.0) <= layer.stats[1].min() / (layer.initial[1] or 1)
 
 
 def _still_initial(mean: np.ndarray, var: np.ndarray, layer: BatchNorm) -> bool:

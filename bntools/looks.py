@@ -27,7 +27,7 @@ BETTER = (
     1 / 3
 )  # of the drift as given: a true shift of contrast or colour is not undone so far by a wrong preprocessing
 FITS = 0.5  # standard deviations in the worst channel: what is left has to be of the order of a domain's own drift
-SWAPPED = "BGR"
+SWAPPED = "RGB and BGR exchanged"
 
 Forward = Callable[[Any, Any], Any]
 Scaling = Callable[[np.ndarray], np.ndarray]  # of images (N, H, W, C), float64
@@ -49,10 +49,11 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
     if given is None:
         return []
     found = [Preprocessing("as given", given, given=True)]
-    for name, change in _alternatives(np.concatenate([_channels_last(_image_of(batch)) for batch in batches])):
+    images = [_image_of(batch) for batch in batches]
+    for name, change, how in _alternatives(np.concatenate(list(map(_channels_last, images))), _leads(images[0])):
         drift = first.drift([_changed(batch, change) for batch in batches])
         if drift is not None:
-            found.append(Preprocessing(name, drift))
+            found.append(Preprocessing(name, drift, how=how))
     return sorted(found, key=lambda one: one.drift) if len(found) > 1 else []
 
 
@@ -115,16 +116,17 @@ def _distance(layer: BatchNorm, parts: list[Any]) -> float | None:
     return drift if np.isfinite(drift) else None
 
 
-def _alternatives(pixels: np.ndarray) -> Iterator[tuple[str, Scaling]]:
-    """What else could have been done to the pixels (N, H, W, C), by name, as changes of them as they are."""
+def _alternatives(pixels: np.ndarray, channels_first: bool) -> Iterator[tuple[str, Scaling, str]]:
+    """What else could have been done to the pixels (N, H, W, C): its name, the change, and its line of Python."""
     colour = pixels.shape[-1] == 3
     if colour:
-        yield f"{SWAPPED} for RGB", _swapped
+        yield SWAPPED, _swapped, scalings.line(None, None, True, channels_first)
     for source in scalings.possible(pixels):
         for target in scalings.others(source, pixels):
-            yield target.name, partial(_rescaled, source, target, False)
-            if colour:
-                yield f"{target.name}, {SWAPPED} for RGB", partial(_rescaled, source, target, True)
+            for swap in (False, True) if colour else (False,):
+                name = f"{target.name}, {SWAPPED}" if swap else target.name
+                line = scalings.line(source, target, swap, channels_first)
+                yield name, partial(_rescaled, source, target, swap), line
 
 
 def _rescaled(source: scalings.Scale, target: scalings.Scale, swap: bool, pixels: np.ndarray) -> np.ndarray:

@@ -20,35 +20,52 @@ Change = Callable[[np.ndarray], np.ndarray]
 class Scale:
     """A way in which pixels are scaled: its name, and the way from it to RGB in 0..1 and back, (N, H, W, C).
 
-    ``size`` is the order of magnitude of its values; ``colour`` holds where it is for three channels only. ``usual``
-    ones are what models are trained with, the others are mistakes.
+    ``undone`` and ``done`` are the same two ways as Python, from ``x`` on; MEAN, STD and CAFFE stand for numbers along
+    the channels' axis, and REVERSED for indexing that reverses the channels. ``size`` is the order of magnitude of its
+    values; ``colour`` holds where it is for three channels only. ``usual`` ones are what models are trained with, the
+    others are mistakes.
     """
 
     name: str
     to_unit: Change
     of_unit: Change
+    undone: str
+    done: str
     size: float = 1
     colour: bool = False
     usual: bool = True
 
 
 SCALES = (
-    Scale("0..1", lambda x: x, lambda x: x),
-    Scale("0..255", lambda x: x / 255, lambda x: x * 255, 255),
-    Scale("-1..1", lambda x: (x + 1) / 2, lambda x: 2 * x - 1),
-    Scale("ImageNet's mean and std", lambda x: x * STD + MEAN, lambda x: (x - MEAN) / STD, colour=True),
+    Scale("0..1", lambda x: x, lambda x: x, "x", "x"),
+    Scale("0..255", lambda x: x / 255, lambda x: x * 255, "x / 255", "x * 255", 255),
+    Scale("-1..1", lambda x: (x + 1) / 2, lambda x: 2 * x - 1, "(x + 1) / 2", "x * 2 - 1"),
+    Scale(
+        "ImageNet's mean and std",
+        lambda x: x * STD + MEAN,
+        lambda x: (x - MEAN) / STD,
+        "x * STD + MEAN",
+        "(x - MEAN) / STD",
+        colour=True,
+    ),
     Scale(
         "0..255 less ImageNet's mean, BGR",
         lambda x: ((x + CAFFE) / 255)[..., ::-1],
         lambda x: x[..., ::-1] * 255 - CAFFE,
+        "((x + CAFFE) / 255)REVERSED",
+        "xREVERSED * 255 - CAFFE",
         255,
         colour=True,
     ),
-    Scale("0..1, divided by 255 again", lambda x: x * 255, lambda x: x / 255, 1 / 255, usual=False),
+    Scale(
+        "0..1, divided by 255 again", lambda x: x * 255, lambda x: x / 255, "x * 255", "x / 255", 1 / 255, usual=False
+    ),
     Scale(
         "ImageNet's mean and std on 0..255",
         lambda x: (x * STD + MEAN) / 255,
         lambda x: (x * 255 - MEAN) / STD,
+        "(x * STD + MEAN) / 255",
+        "(x * 255 - MEAN) / STD",
         1000,
         colour=True,
         usual=False,
@@ -91,3 +108,17 @@ def others(source: Scale, pixels: np.ndarray) -> Iterator[Scale]:
 def filled(unit: np.ndarray) -> bool:
     """Whether pixels that should be in 0..1 use the range, as those of some dozens of images do."""
     return bool(unit.min() < FILLED and unit.max() > 1 - FILLED)
+
+
+def line(source: Scale | None, target: Scale | None, swap: bool, channels_first: bool) -> str:
+    """The change as a line of Python on ``images``, a NumPy array; ``swap`` reverses the channels."""
+    text = "x" if source is None else source.undone
+    text = f"({text})REVERSED" if swap else text
+    if target is not None:
+        text = target.done.replace("x", text if text == "x" or target.done == "x" else f"({text})")
+    numbers = {"MEAN": MEAN, "STD": STD, "CAFFE": CAFFE}
+    for name, values in numbers.items():
+        shape = ".reshape(3, 1, 1)" if channels_first else ""
+        text = text.replace(name, f"np.array({values.tolist()}){shape}")
+    text = text.replace("REVERSED", "[:, ::-1]" if channels_first else "[..., ::-1]")
+    return f"images = {text.replace('x', 'images')}".replace("(images)[", "images[")
