@@ -109,12 +109,12 @@ def _obstacle(layer: BatchNorm) -> str:
 
 
 def _check(prior: Any, layers: Any, window: Any, half_life: Any) -> None:
-    if not isinstance(prior, Real) or isinstance(prior, bool) or not 0 < prior < math.inf:
-        raise BntoolsError(f"found prior={prior!r}, expected a number of samples above 0")
+    given = {"prior": prior, "window": window, "half_life": half_life}
+    for name, value in given.items():
+        number = isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+        if not number and (value is not None or name == "prior"):
+            raise BntoolsError(f"found {name}={value!r}, expected a number of samples above 0")
     if layers is None:
         raise BntoolsError("found layers=None: name the layers that are to adapt, layers='*' for all of them")
-    for name, value in (("window", window), ("half_life", half_life)):
-        if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf):
-            raise BntoolsError(f"found {name}={value!r}, expected a number of samples above 0")
     if window is not None and half_life is not None:
         raise BntoolsError("found both window= and half_life=, expected one of them")

@@ -31,6 +31,7 @@ _HOME = {
     "load": "files",
     "measuring": "replica",
     "peek": "archive",
+    "observer": "observing",
     "predict": "running",
     "preprocessing": "applications",
     "reset": "editing",

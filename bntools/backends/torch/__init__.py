@@ -13,6 +13,7 @@ from bntools.backends.torch.graph import graph
 from bntools.backends.torch.inputs import input_channels
 from bntools.backends.torch.layers import layers, write
 from bntools.backends.torch.memory import free_memory
+from bntools.backends.torch.observing import observer
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
 from bntools.backends.torch.surgery import absorb
@@ -39,6 +40,7 @@ __all__ = [
     "live",
     "load",
     "measuring",
+    "observer",
     "predict",
     "reset",
     "runners",
