@@ -75,37 +75,21 @@ def command(
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
+    options: dict[str, Any] = {
+        "method": method,
+        "prior": prior,
+        "layers": layers or None,
+        "memory": memory,
+        "tolerance": tolerance,
+        "check": not no_check,
+    }
     if per_domain:
-
-        def measure(found: Any, domains: dict[str, Any], report: Any) -> Any:
-            return bntools.bank(
-                found,
-                domains,
-                method=method,
-                prior=prior,
-                layers=layers or None,
-                memory=memory,
-                tolerance=tolerance,
-                check=not no_check,
-                progress=report,
-            )
-
-        bank.write(model, loaded, data, folder, reading, measure, as_json)
+        bank.write(model, loaded, data, folder, reading, options, as_json)
         return
     batches = reading.open(data, loaded)
     output.say(f"{data}: {batches.description}", quiet=as_json)
     with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
-        result = bntools.recalibrate(
-            loaded,
-            batches,
-            method=method,
-            prior=prior,
-            layers=layers or None,
-            memory=memory,
-            tolerance=tolerance,
-            check=not no_check,
-            progress=report,
-        )
+        result = bntools.recalibrate(loaded, batches, progress=report, **options)
     start = records.provenance("recalibrate", model, written)
     record = {**start, "input": batches.spec, **records.recalibration(result)}
     about = {"model": str(model), "data": f"{data}: {batches.description}", "output": str(written)}
