@@ -1,10 +1,174 @@
-"""What to do about a model's BN statistics, and why, from what a diagnosis measured."""
+"""What to do about a model's BN statistics, and why, from what a diagnosis measured.
+
+The order is the order of thought: what makes all other figures meaningless comes first (broken statistics, a wrong
+preprocessing), then what no statistics can mend (mixed domains, layers that are called on different things, training
+on small batches), then the drift itself, weighed against what it does to the output and against its own noise.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bntools import domains, fit, looks, roads
 from bntools.diagnosed import Advice, Diagnosis
+from bntools.domains import CLEAR
+from bntools.fit import Fit
+from bntools.layer import SMALL_SHARE
+from bntools.roads import MATTERS
+from bntools.words import counted, number, percent
+
+MOSTLY = 0.5  # of the initial value still inside: more of it than of any data
+CALLS_APART = 0.5  # standard deviations between the calls of one layer and all of them: no statistics fit both
+SMALL = 16  # samples in a training batch: below, BN is known to cost accuracy (Wu and He 2018, figure 1)
+NOISY = 0.35  # standard deviations by which a batch's mean misses, in the worst channel: about batches of 4 in a CNN
 
 
 def of(diagnosis: Diagnosis, *, batch_size: int | None = None) -> list[Advice]:
-    """What to do, first what to do first; ``batch_size`` is that of the training to come."""
-    return []
+    """What to do, first what to do first; ``batch_size`` is that of the training to come.
+
+    Where statistics are broken or the data is preprocessed otherwise, nothing else is concluded from it.
+    """
+    fits = fit.of(diagnosis)
+    small = list(_small_batches(diagnosis, fits, batch_size))
+    first = _broken(diagnosis) or _preprocessed(diagnosis)
+    if first is not None:
+        return [first, *(one for one in small if one.action != "replace")]
+    structural = [one for one in (_separate(diagnosis), _recurrent(diagnosis), *small) if one is not None]
+    urgent = [one for one in structural if one.action in ("separate", "replace")]
+    later = [one for one in structural if one not in urgent]
+    apart = any(one.action == "separate" for one in urgent)  # then statistics of all the data together say nothing
+    return [*urgent, *([] if apart else [roads.by_drift(diagnosis, fits, batch_size)]), *later]
+
+
+def notes(diagnosis: Diagnosis) -> list[str]:
+    """What else is worth knowing of the layers and the data: sentences that ask for no action of their own."""
+    found = [f"dead in this data: {counted(len(one.dead), 'channel')} of {one.name}" for one in diagnosis if one.dead]
+    found += [
+        f"{percent(one.layer.remainder)} of the initial value is still inside the statistics of {one.name}"
+        for one in diagnosis
+        if SMALL_SHARE < one.layer.remainder < MOSTLY
+    ]
+    loose = [name for name, reason in diagnosis.untouched.items() if reason.startswith("keeps no statistics")]
+    if loose:
+        found.append(
+            f"eval mode normalizes with each batch's own statistics, so that an output depends on the batch: "
+            f"{', '.join(loose)}"
+        )
+    contents = [one for one in diagnosis.domains if one.drift > max(MATTERS, CLEAR * one.noise)]
+    if contents and not domains.differing(diagnosis.domains):
+        worst = max(contents, key=lambda one: one.drift)
+        found.append(
+            f"the parts of the data look alike at the first layer, and differ in deep ones ({worst.name!r} by "
+            f"{number(worst.drift)} standard deviations): classes rather than sites"
+        )
+    return found
+
+
+def _broken(diagnosis: Diagnosis) -> Advice | None:
+    """Statistics that hold nothing of any data."""
+    layers = [one.layer for one in diagnosis]
+    broken = [one.name for one in layers if not all(np.isfinite(part).all() for part in one.stats)]
+    broken += [one.name for one in layers if one.name not in broken and (one.stats[1] < 0).any()]
+    initial = {one.name: one.remainder for one in layers if one.name not in broken and one.remainder >= MOSTLY}
+    names = [*broken, *initial]
+    if not names:
+        return None
+    figures = {"layers": float(len(names))}
+    what = f"the stored statistics of {_named(broken, diagnosis)} hold NaN, Inf or negative variances"
+    if not broken:
+        share = max(initial.values())
+        figures["initial_share"] = share
+        what = f"{_named(names, diagnosis)} were never updated"
+        if share < 1:
+            what = f"up to {percent(share)} of the initial value is still inside {_named(names, diagnosis)}"
+    every = ', layers="*"' if any(one.stats_frozen for one in layers) else ""
+    which = every if len(names) == len(layers) else f", layers={names!r}"
+    how = f"bntools.reset(model{which}); bntools.recalibrate(model, batches{every})"
+    return Advice("reset", f"{what}. There is nothing to keep: measure them on data", how, figures)
+
+
+def _preprocessed(diagnosis: Diagnosis) -> Advice | None:
+    """Another preprocessing under which the first layer fits far better."""
+    found = looks.better(diagnosis.preprocessing)
+    if found is None:
+        return None
+    given, best = found
+    reason = (
+        f"the first BN layer is off by {number(given.drift)} standard deviations in its worst channel with the data as "
+        f"it is, and by {number(best.drift)} with another preprocessing: {best.name}. That is a mistake in reading the "
+        f"data rather than another domain: nothing else is concluded before it is mended"
+    )
+    return Advice("preprocess", reason, best.how, {"given": given.drift, "better": best.drift})
+
+
+def _separate(diagnosis: Diagnosis) -> Advice | None:
+    """Parts of the data that look different."""
+    found = sorted(domains.differing(diagnosis.domains), key=lambda one: -one.look)
+    if not found:
+        return None
+    worst = found[0]
+    reason = (
+        f"the parts of the data differ in their look: {worst.name!r} is {number(worst.look)} standard deviations from "
+        f"all of it at the first layer, where {worst.samples} samples drawn at random would be "
+        f"{number(worst.look_noise)}; so {'does' if len(found) == 1 else 'do'} {len(found)} of "
+        f"{len(diagnosis.domains)}. Statistics of the mixture fit none of them"
+    )
+    how = "for name, part in parts.items(): bntools.recalibrate(copy.deepcopy(model), part)"
+    return Advice("separate", reason, how, {"look": worst.look, "noise": worst.look_noise, "parts": float(len(found))})
+
+
+def _recurrent(diagnosis: Diagnosis) -> Advice | None:
+    """A layer that one pass calls on things that differ."""
+    found = [one for one in diagnosis if one.calls > 1 and one.call_gap > CALLS_APART]
+    if not found:
+        return None
+    worst = max(found, key=lambda one: one.call_gap)
+    reason = (
+        f"a forward pass calls {worst.name} {worst.calls} times, on inputs up to {number(worst.call_gap)} standard "
+        f"deviations from those of all calls together: no one set of statistics fits them. Give each call a BN layer "
+        f"of its own, or take a normalization that keeps no statistics"
+    )
+    return Advice("replace", reason, _replaced([one.name for one in found], diagnosis), {"call_gap": worst.call_gap})
+
+
+def _small_batches(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) -> Iterator[Advice]:
+    """Training on batches whose own statistics are noisy; called out in any case below SMALL."""
+    moving = [one for one in fits if not one.frozen]
+    if batch_size is None or batch_size >= SMALL or not moving:
+        return
+    noise = max(one.left for one in moving) * math.sqrt(diagnosis.samples / batch_size)
+    modes = [one for one in diagnosis.modes if one.batch_size is not None and one.batch_size <= batch_size]
+    seen = next((one for one in reversed(modes) if one.agreement is not None), None)
+    text = (
+        f"batches of {batch_size} are small: the mean of one misses that of the data by {number(noise)} standard "
+        f"deviations in the worst channel"
+    )
+    if seen is not None:
+        text += f"; eval and train mode at {seen.batch_size} agree on {percent(seen.agreement)} of the samples"
+    figures = {"batch_size": float(batch_size), "noise": noise}
+    after = "bntools.recalibrate(model, batches)  # when training is over"
+    if math.isfinite(noise) and noise > NOISY:
+        text += (
+            ". Train with GroupNorm or LayerNorm in their place; or with BN frozen; or recalibrate exactly when "
+            "training is over, which does not depend on the batch size"
+        )
+        yield Advice("replace", text, _replaced([one.name for one in moving], diagnosis), figures)
+    else:
+        yield Advice("recalibrate", f"{text}. Measure the statistics exactly when training is over", after, figures)
+
+
+def _replaced(names: Sequence[str], diagnosis: Diagnosis) -> str:
+    """Only modules of PyTorch can be converted; of a Keras model the code that builds it is to be changed."""
+    if not roads.are_modules(diagnosis):
+        return "keras.layers.GroupNormalization() instead of BatchNormalization() where the model is built"
+    which = "" if len(names) == len(diagnosis) else f", layers={list(names)!r}"
+    return f'model = bntools.convert(model, "groupnorm"{which}).model'
+
+
+def _named(names: Sequence[str], diagnosis: Diagnosis) -> str:
+    if len(names) == len(diagnosis):
+        return "the only layer" if len(names) == 1 else f"all {len(names)} layers"
+    return f"{counted(len(names), 'layer')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

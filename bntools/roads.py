@@ -1,0 +1,187 @@
+"""What follows from a drift: which of the roads fits, and how it is taken.
+
+Leave the statistics, keep them frozen, let them adapt, measure them anew, or forget them: the drift is weighed against
+its own noise, against what it does to the output, and against what the samples at hand can measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bntools import domains
+from bntools.diagnosed import Advice, Diagnosis
+from bntools.fit import Fit
+from bntools.words import counted, number, percent
+
+MATTERS = 0.15  # standard deviations of extent: on digits, 0.1 cost 0.5 % of accuracy at most, 0.2 about 2 %
+CHANCE = 2.0  # standard errors: what channels are off by where nothing has drifted stays below
+AGREES = 0.99  # of the samples: then eval mode and the data's own statistics say the same
+CLOSE = 0.02  # of the largest output: the same for outputs that are no scores
+ENOUGH_TO_AGREE = 100  # samples, from which on a share of 1 % can be seen
+UNSEEN = 0.3  # standard errors above it hide a drift of half a standard deviation, which matters
+ENOUGH = 0.2  # standard error in the worst channel, about 0.1 in a typical one: hardly seen in the output
+HOPELESS = 0.5  # standard error at which measured statistics are no better than stored ones with a drift that matters
+FEWEST = 8  # samples: from fewer not even a standard error is known
+HUGE = 3.0  # standard deviations in most channels: the data is where training never was
+FACTOR = 5.0  # between measured and stored standard deviations, in most channels
+LOWER = 0.96  # of the stored standard deviation: with less variety of content, deep layers vary less
+TARGETS = (0.05, 0.01)  # standard deviations for which the samples needed are said
+USUAL_BATCH = 32  # for which a momentum is said where the training's batch size is not known
+FOLLOWS = 0.1  # standard deviations that a moving average may miss the mean by, in the worst channel
+
+
+def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) -> Advice:
+    """The road for statistics that are finite; ``batch_size`` is that of the training to come."""
+    samples, noise, left = diagnosis.samples, max(one.noise for one in fits), max(one.left for one in fits)
+    drifting = [one for one in fits if one.extent > max(MATTERS, CHANCE * one.noise)]
+    worst = max(drifting or fits, key=lambda one: one.extent)
+    figures = {"drift": worst.extent, "standard_error": noise, "samples": float(samples)}
+    if samples < FEWEST or (not drifting and noise > UNSEEN):
+        return _too_few(samples, noise, figures)
+    if moving := domains.differing(diagnosis.halves):
+        return _follow(diagnosis, max(one.look for one in moving), left, batch_size, figures)
+    if not drifting:
+        return _fits(worst, samples, figures)
+    which = ', layers="*"' if any(one.frozen for one in fits) else ""
+    off = (
+        f"{len(drifting)} of {counted(len(fits), 'layer')} {'is' if len(drifting) == 1 else 'are'} off, {worst.name} "
+        f"most: by {number(worst.extent)} standard deviations over its channels, the measured deviation "
+        f"{number(worst.ratio)} times the stored one"
+    )
+    if without_effect := _without_effect(diagnosis):
+        return Advice("leave", f"{off}; but {without_effect}: the other weights fit what is stored", "", figures)
+    if _elsewhere(worst) and left <= HOPELESS:
+        reason = f"{off}. The data is where training never was: of the stored statistics nothing is worth keeping"
+        how = f"bntools.reset(model{which}); bntools.recalibrate(model, batches{which})"
+        return Advice("reset", reason, how, figures)
+    if _other_content(fits, worst):
+        reason = (
+            f"{off}, while the first layer fits ({number(fits[0].extent)}): the data looks as in training, and varies "
+            f"less in deep layers, as where it holds fewer classes. Statistics of some classes are no better for all; "
+            f"if the data does hold them all, recalibrate"
+        )
+        return Advice("freeze", reason, "bntools.freeze(model, affine=False)", figures)
+    return _measure_anew(off, worst, samples, left, batch_size, which, figures)
+
+
+def are_modules(diagnosis: Diagnosis) -> bool:
+    """Whether the model is PyTorch's: Keras and ONNX both call their layers by another name."""
+    return not any(one.layer.kind.endswith("BatchNormalization") for one in diagnosis)
+
+
+def _fits(worst: Fit, samples: int, figures: dict[str, float]) -> Advice:
+    reason = (
+        f"the data fits: {worst.name} is off most, by {number(worst.extent)} standard deviations over its channels, "
+        f"where up to {number(max(MATTERS, CHANCE * worst.noise))} does not matter or may be chance "
+        f"({counted(samples, 'sample')}, standard error {number(worst.noise)} in the worst channel)"
+    )
+    return Advice("leave", reason, "", figures)
+
+
+def _measure_anew(
+    off: str, worst: Fit, samples: int, left: float, batch_size: int | None, which: str, figures: dict[str, float]
+) -> Advice:
+    """A real drift: how much the samples suffice for decides between new statistics and a blend."""
+    if left <= ENOUGH:
+        needed = [_needed(samples, left, target) for target in TARGETS]
+        reason = (
+            f"{off}, and {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel; for "
+            f"{TARGETS[0]:.0%} of a standard deviation {needed[0]:,} are enough, for {TARGETS[1]:.0%} {needed[1]:,}"
+        )
+        figures |= {"samples_5_percent": float(needed[0]), "samples_1_percent": float(needed[1])}
+        return Advice("recalibrate", reason, f"bntools.recalibrate(model, batches{which})", figures)
+    if left > HOPELESS:
+        return _too_few(samples, left, figures)
+    # The blend with the least expected square error of a value known up to ``noise`` and one that is off by ``extent``.
+    prior = max(1, round(samples * (worst.noise / worst.extent) ** 2))
+    momentum = _momentum(samples, left, batch_size)
+    reason = (
+        f"{off}, but {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel: weigh what is "
+        f"stored as {counted(prior, 'sample')}. Or let training move it, {_in_words(momentum, batch_size)}; for new "
+        f"statistics alone {_needed(samples, left, ENOUGH):,} samples are enough"
+    )
+    figures |= {"prior": float(prior), "momentum": momentum}
+    return Advice("adapt", reason, f"bntools.recalibrate(model, batches, prior={prior}{which})", figures)
+
+
+def _follow(
+    diagnosis: Diagnosis, look: float, left: float, batch_size: int | None, figures: dict[str, float]
+) -> Advice:
+    """Statistics that move as the data goes."""
+    momentum = _momentum(diagnosis.samples, left, batch_size)
+    memory = _needed(diagnosis.samples, left, FOLLOWS)
+    reason = (
+        f"the data moves as it goes: its halves are {number(look)} standard deviations from the whole at the first "
+        f"layer. Let the statistics follow, with a memory of some {memory:,} samples: in training "
+        f"{_in_words(momentum, batch_size)}. (Are the halves two domains? Then give them as domains=)"
+    )
+    figures |= {"look": look, "momentum": momentum, "half_life": float(memory)}
+    how = f'bntools.adapt(model, prior={max(1, memory // 10)}, layers="*", half_life={memory})'
+    if not are_modules(diagnosis):
+        how = f"bntools.recalibrate(model, latest, prior={memory})  # now and then, on the latest batches"
+    return Advice("adapt", reason, how, figures)
+
+
+def _too_few(samples: int, noise: float, figures: dict[str, float]) -> Advice:
+    if math.isfinite(noise) and samples >= 2:
+        needed = max(_needed(samples, noise, ENOUGH), FEWEST)
+        more = f"leave {number(noise)} standard deviations to chance in the worst channel; about {needed:,} would do"
+        figures |= {"samples_needed": float(needed)}
+    else:
+        more = "have no standard error; give some dozens"
+    reason = f"{counted(samples, 'sample')} are too few to tell: they {more}. Until then keep what is stored"
+    return Advice("freeze", reason, "bntools.freeze(model, affine=False)", figures)
+
+
+def _elsewhere(worst: Fit) -> bool:
+    """Whether most channels of a layer are where training never was."""
+    return worst.typical > HUGE or not 1 / FACTOR < worst.ratio < FACTOR
+
+
+def _other_content(fits: Sequence[Fit], worst: Fit) -> bool:
+    """Whether the data looks as in training and holds less: the drift grows with depth, and deep layers vary less.
+
+    So it was for digits of one to five classes. A camera shows in the first layer, and single layers whose
+    statistics are stale show anywhere.
+    """
+    place = fits.index(worst)
+    shallow = fits[: max(1, len(fits) // 2)]
+    deep = place >= len(fits) * 2 // 3 and len(fits) > 1
+    return deep and all(one.extent <= MATTERS for one in shallow) and 1 / FACTOR < worst.ratio < LOWER
+
+
+def _without_effect(diagnosis: Diagnosis) -> str:
+    """How well eval mode's outputs and those with the data's own statistics agree, where they do; else empty."""
+    whole = next((one for one in diagnosis.modes if one.batch_size is None), None)
+    if whole is None or diagnosis.samples < ENOUGH_TO_AGREE:
+        return ""
+    if whole.agreement is None:
+        same = f"eval mode's outputs are within {percent(whole.error)} of those with the data's own statistics"
+        return same if whole.error <= CLOSE else ""
+    same = f"eval mode and the data's own statistics agree on {percent(whole.agreement)} of the samples"
+    return same if whole.agreement >= AGREES else ""
+
+
+def _needed(samples: int, error: float, target: float) -> int:
+    """How many samples bring a standard error down to the target, to two digits, rounded up."""
+    needed = max(2.0, samples * (error / target) ** 2)
+    unit = 10 ** max(0, math.floor(math.log10(needed)) - 1)
+    return math.ceil(needed / unit) * unit
+
+
+def _momentum(samples: int, left: float, batch_size: int | None) -> float:
+    """PyTorch's momentum m at which a moving average forgets no faster than its noise allows.
+
+    Averaged over batches of b samples it is worth ``b * (2 - m) / m`` of them.
+    """
+    batch = batch_size or USUAL_BATCH
+    wanted = _needed(samples, left, FOLLOWS)
+    return float(f"{min(0.5, 2 * batch / (wanted + batch)):.2g}")
+
+
+def _in_words(momentum: float, batch_size: int | None) -> str:
+    return (
+        f"with momentum={momentum:g} in PyTorch (the weight of the new), {1 - momentum:g} in Keras (that of the old), "
+        f"at a batch size of {batch_size or USUAL_BATCH}"
+    )
