@@ -42,6 +42,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
+def sentence(said: str) -> str:
+    """The same words with a capital letter at the start, whatever capitals are in them."""
+    return said[:1].upper() + said[1:]
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; a dash where there is none."""
     return "-" if share is None else f"{share:.1%}"

@@ -30,10 +30,10 @@ class Bar:
     remark: str = ""
 
 
-def bars(caption: str, rows: Sequence[Bar]) -> Html:
-    """Rows on one linear scale from 0; what is not finite fills its row."""
+def bars(caption: str, rows: Sequence[Bar], least: float = 0.0) -> Html:
+    """Rows on one linear scale, from 0 to at least ``least``; what is not finite fills its row."""
     reach = [each for row in rows for each in (row.value + row.error, row.limit or 0.0) if math.isfinite(each)]
-    most = max(reach, default=0.0) or 1.0
+    most = max([*reach, least]) or 1.0
     return tag("ul", {"class": "bars", "aria-label": caption}, *(_row(row, most) for row in rows))
 
 

@@ -75,7 +75,9 @@ def _summary(found: Diagnosis) -> Html:
     figures: dict[str, Content] = {"samples": f"{found.samples:,}", "BN layers measured": f"{len(found.layers):,}"}
     if found.layers:
         worst = drifts.ranked([Drift(_channels(one), one.drift, one.standard_error) for one in found.layers])[0]
-        label = joined(["largest drift, in ", name(worst.channels.name, words.shortened(worst.channels.name, 28))])
+        label = joined(
+            ["largest drift, in layer ", name(worst.channels.name, words.shortened(worst.channels.name, 28))]
+        )
         figures[label] = f"{words.number(worst.value)} std"
     whole = next((one for one in found.modes if one.batch_size is None), None)
     if whole is not None:
@@ -93,8 +95,10 @@ def _table(found: Diagnosis, layers: list[Drift]) -> Section:
     gaps = any(one.gap is not None for one in found.layers)
     headers = ["layer", "place", "channels", "drift, std", "± se", "largest mean shift, std", "std ratio", "KL, nats"]
     headers += ["share of the output's gap"] if gaps else []
-    headers += ["channels that lead: shift, std ratio", "dead channels", "problems"]
-    rows = [_row(records[id(drift)], drift, place[id(drift)], gaps) for drift in drifts.ranked(layers)]
+    headers += ["channels that lead: shift, std ratio", "dead channels"]
+    problems = any(one.layer.problems for one in found.layers)
+    headers += ["problems"] if problems else []
+    rows = [_row(records[id(drift)], drift, place[id(drift)], gaps, problems) for drift in drifts.ranked(layers)]
     explanation = (
         "Worst first; place is the layer's place in the model. KL is the divergence of the measured Gaussian from the "
         "stored one, in its worst channel. A dead channel does not vary."
@@ -102,7 +106,7 @@ def _table(found: Diagnosis, layers: list[Drift]) -> Section:
     return Section("table", "All layers", explanation, table("All layers", headers, rows))
 
 
-def _row(one: LayerDrift, drift: Drift, place: int, gaps: bool) -> list[Content]:
+def _row(one: LayerDrift, drift: Drift, place: int, gaps: bool, problems: bool) -> list[Content]:
     ratio = one.std_ratio
     cells: list[Content] = [
         name(one.name, words.shortened(one.name, 44)),
@@ -116,9 +120,8 @@ def _row(one: LayerDrift, drift: Drift, place: int, gaps: bool) -> list[Content]
     ]
     if gaps:
         cells.append(words.percent(one.gap))
-    problems = tag("span", {"class": "wide"}, "; ".join(one.layer.problems))
-    dead = f"{len(one.dead):,}" if one.dead else ""
-    return [*cells, drifts.leading(drift.channels), dead, problems]
+    cells += [drifts.leading(drift.channels), f"{len(one.dead):,}" if one.dead else ""]
+    return [*cells, tag("span", {"class": "wide"}, "; ".join(one.layer.problems))] if problems else cells
 
 
 def _extreme(values: np.ndarray) -> float | None:

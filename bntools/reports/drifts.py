@@ -16,6 +16,7 @@ from bntools.reports.page import Section
 
 EACH = 40  # rows in model order up to here; of a deeper network the worst, under a chart of all
 WORST = 20
+LEAST = words.BOUNDS[0][0]  # std that a row is wide at least: what is small should look small
 
 LEVELS = (
     ("noise", "within noise (3 standard errors)"),
@@ -54,9 +55,9 @@ def section(layers: Sequence[Drift], explanation: str) -> Section:
         caption = f"Drift of all {len(layers)} layers, in model order"
         parts.append(skyline(caption, [rows[id(one)] for one in layers]))
         parts.append(tag("h3", None, f"The {WORST} that drift the most"))
-        parts.append(bars("Drift, worst layers first", [rows[id(one)] for one in order[:WORST]]))
+        parts.append(bars("Drift, worst layers first", [rows[id(one)] for one in order[:WORST]], LEAST))
     else:
-        parts.append(bars("Drift by layer, in model order", [rows[id(one)] for one in layers]))
+        parts.append(bars("Drift by layer, in model order", [rows[id(one)] for one in layers], LEAST))
     there = {one.level for one in layers}
     parts.append(legend([(level, said) for level, said in LEVELS if level in there]))
     return Section("drift", "Drift by layer", explanation, joined(parts))
@@ -73,7 +74,7 @@ def leading(channels: Channels, most: int = 3) -> str:
     """Which channels drift the most, in words."""
     order = np.argsort(-np.nan_to_num(channels.drift, nan=np.inf), kind="stable")[:most]
     parts = (
-        f"{int(c)}: {words.number(float(channels.shift[c]))} std, x{words.number(float(channels.ratio[c]))}"
+        f"#{int(c)}: {words.number(float(channels.shift[c]))} std, x{words.number(float(channels.ratio[c]))}"
         for c in order
     )
     return "; ".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bntools import words
-from bntools.recalibrated import LayerChange, Recalibration
+from bntools.recalibrated import SUSPECT, LayerChange, Recalibration
 from bntools.reports import channels, convergence, drifts
 from bntools.reports.bars import Bar, bars
 from bntools.reports.drifts import Drift
@@ -31,7 +31,7 @@ def report(result: Recalibration, title: str, about: Mapping[str, str]) -> str:
         _table(result, layers) if layers else None,
         *remarks(result.untouched, result.notes),
     ]
-    verdict = Verdict("good" if layers else "plain", str(result).partition(";")[0].capitalize(), _summary(result))
+    verdict = Verdict("good" if layers else "plain", words.sentence(str(result).partition(";")[0]), _summary(result))
     return page(title or "BN recalibration", about, verdict, [one for one in sections if one is not None])
 
 
@@ -44,7 +44,7 @@ def _summary(result: Recalibration) -> Html:
     worst = max(result.layers, key=lambda one: one.drift, default=None)
     figures: dict[str, Content] = {"samples": f"{result.samples:,}", "layers changed": f"{len(result.layers):,}"}
     if worst is not None:
-        figures[f"largest drift, in {words.shortened(worst.name, 28)}"] = f"{words.number(worst.drift)} std"
+        figures[f"largest drift, in layer {words.shortened(worst.name, 28)}"] = f"{words.number(worst.drift)} std"
     if result.residual is not None:
         figures["residual: what eval mode then sees is off by"] = f"{words.number(result.residual)} std"
     if result.standard_error is not None:
@@ -63,11 +63,12 @@ def _residuals(result: Recalibration) -> Section | None:
     rows = found if len(found) <= drifts.EACH else most
     explanation = (
         "How far what eval mode now brings to each layer is from the statistics it has stored, in standard deviations. "
-        "Rounding leaves about 1e-6 in float32; more says that the statistics do not yet fit each other."
+        f"Rounding leaves about 1e-6 in float32, too little to see here: a row is at least {SUSPECT:g} std wide. More says "
+        "that the statistics do not yet fit each other."
     )
     explanation += f" The {drifts.WORST} largest of {len(found)} are shown." if len(rows) < len(found) else ""
     drawn = [Bar(one.name, residual, f"{words.number(residual)} std") for one, residual in rows]
-    return Section("residual", "What is left", explanation, bars("Residual by layer", drawn))
+    return Section("residual", "What is left", explanation, bars("Residual by layer", drawn, least=SUSPECT))
 
 
 def _table(result: Recalibration, layers: list[Drift]) -> Section:

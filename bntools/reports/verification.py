@@ -33,7 +33,7 @@ def sentence(check: Verification) -> str:
         equal = "every output is equal, bit for bit" if not check.error else "the outputs agree up to rounding"
         return f"On {words.counted(check.samples, 'sample')} {equal}{times}."
     where = f" The first value inside the models that differs is {check.divergence}." if check.divergence else ""
-    return f"{(check.reason or 'the outputs differ').capitalize()}.{where}"
+    return f"{words.sentence(check.reason or 'the outputs differ')}.{where}"
 
 
 def figures(check: Verification) -> dict[str, Content]:
@@ -44,8 +44,9 @@ def figures(check: Verification) -> dict[str, Content]:
     }
     if check.agreement is not None:
         found["same largest output"] = words.percent(check.agreement)
-    level = f", optimizations {check.optimization}" if check.optimization else ""
-    return {**found, "samples": f"{check.samples:,}", "computed by": f"{check.provider}{level}"}
+    level = f", graph optimizations {check.optimization}" if check.optimization else ""
+    provider = check.provider.removesuffix("ExecutionProvider")
+    return {**found, "samples": f"{check.samples:,}", f"provider{level}": provider.upper()}
 
 
 def sections(check: Verification) -> list[Section]:
@@ -99,13 +100,17 @@ def _histogram(one: OutputError, tolerance: float) -> Html:
 
 
 def _table(check: Verification) -> Section:
-    headers = ["output", "shape", "dtype", "error", "largest difference", "average difference", "agreement", "problem"]
-    rows = []
+    headers = ["output", "shape", "dtype", "error", "largest difference", "average difference", "agreement"]
+    problems = any(one.problem for one in check.outputs)
+    rows: list[list[Content]] = []
     for one in sorted(check.outputs, key=lambda one: -one.error):
         figures = [words.number(each) for each in (one.error, one.max_error, one.mean_error)]
         shape = "x".join(str(size) for size in one.shape)
-        problem = tag("span", {"class": "wide"}, one.problem or "")
         label = name(one.name, words.shortened(one.name, 44))
-        rows.append([label, shape, one.dtype, *figures, words.percent(one.agreement), problem])
+        rows.append([label, shape, one.dtype, *figures, words.percent(one.agreement)])
+        if problems:
+            rows[-1].append(tag("span", {"class": "wide"}, one.problem))
     explanation = "The error is the largest difference over the largest value of the reference."
-    return Section("table", "All outputs", explanation, table("All outputs", headers, rows))
+    return Section(
+        "table", "All outputs", explanation, table("All outputs", [*headers, *(["problem"] if problems else [])], rows)
+    )

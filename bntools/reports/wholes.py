@@ -21,7 +21,7 @@ def modes(found: Diagnosis) -> Section | None:
         "the stored statistics do not fit; if it is only there in small batches, it is their noise. Samples "
         "agree whose largest output is the same one."
     )
-    body = bars("Difference between eval and train mode by batch size", rows)
+    body = bars("Difference between eval and train mode by batch size", rows, least=0.01)
     return Section("modes", "Eval against train mode", explanation, body)
 
 
@@ -69,4 +69,4 @@ def _parts(anchor: str, title: str, parts: Sequence[Domain]) -> Section | None:
         "in the layer where that is most. The dashed mark is what a part of that size would show by chance: a bar well "
         "beyond it is a part that differs."
     )
-    return Section(anchor, title, explanation, bars(title, rows))
+    return Section(anchor, title, explanation, bars(title, rows, least=words.BOUNDS[0][0]))
