@@ -161,8 +161,8 @@ def _small_batches(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | 
 
 
 def _replaced(names: Sequence[str], diagnosis: Diagnosis) -> str:
-    """Only modules of PyTorch can be converted; of a Keras model the code that builds it is to be changed."""
-    if not roads.are_modules(diagnosis):
+    """Modules of PyTorch can be converted; for others the code that builds the model is to be changed."""
+    if diagnosis.framework in ("keras", "onnx"):
         return "keras.layers.GroupNormalization() instead of BatchNormalization() where the model is built"
     which = "" if len(names) == len(diagnosis) else f", layers={list(names)!r}"
     return f'model = bntools.convert(model, "groupnorm"{which}).model'

@@ -135,7 +135,7 @@ class Diagnosis:
     the standard error of the worst channel's mean, in stored standard deviations, fell with the number of samples.
     ``halves`` are the first and the second half of the data, in the order in which it came, as domains: do its
     statistics move as it goes? ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer
-    that was not measured. ``notes`` are sentences worth reading.
+    that was not measured. ``notes`` are sentences worth reading. ``framework`` is the model's: torch, keras or onnx.
     """
 
     samples: int
@@ -149,6 +149,7 @@ class Diagnosis:
     convergence: list[tuple[int, float]] = field(default_factory=list)
     untouched: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    framework: str = ""
 
     def __iter__(self) -> Iterator[LayerDrift]:
         return iter(self.layers)

@@ -87,12 +87,14 @@ def diagnose(
             convergence=convergence(measured.courses, _stds(job, measured), measured.samples),
             untouched=untouched | missed,
             notes=[*_remarks(job, measured, passes), *findings.notes],
+            framework=backend.__name__.rpartition(".")[2],
         )
         result = _put_in_context(job, measured, result, alternatives, parts)
     finally:
         with uninterrupted():
             job.put_back()
-    return replace(result, advice=advice.of(result, batch_size=batch_size))
+    notes = [*result.notes, *advice.notes(result)]
+    return replace(result, advice=advice.of(result, batch_size=batch_size), notes=notes)
 
 
 def _drifts(job: Job, measured: Measured) -> tuple[list[LayerDrift], dict[str, str]]:

@@ -50,7 +50,8 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
         return []
     found = [Preprocessing("as given", given, given=True)]
     images = [_image_of(batch) for batch in batches]
-    for name, change, how in _alternatives(np.concatenate(list(map(_channels_last, images))), _leads(images[0])):
+    pixels = [np.reshape(last, (-1, last.shape[-1])) for last in map(_channels_last, images)]  # batches differ in size
+    for name, change, how in _alternatives(np.concatenate(pixels), _leads(images[0])):
         drift = first.drift([_changed(batch, change) for batch in batches])
         if drift is not None:
             found.append(Preprocessing(name, drift, how=how))
@@ -117,7 +118,7 @@ def _distance(layer: BatchNorm, parts: list[Any]) -> float | None:
 
 
 def _alternatives(pixels: np.ndarray, channels_first: bool) -> Iterator[tuple[str, Scaling, str]]:
-    """What else could have been done to the pixels (N, H, W, C): its name, the change, and its line of Python."""
+    """What else could have been done to the pixels (N, C): its name, the change, and its line of Python."""
     colour = pixels.shape[-1] == 3
     if colour:
         yield SWAPPED, _swapped, scalings.line(None, None, True, channels_first)

@@ -28,6 +28,7 @@ FACTOR = 5.0  # between measured and stored standard deviations, in most channel
 LOWER = 0.96  # of the stored standard deviation: with less variety of content, deep layers vary less
 TARGETS = (0.05, 0.01)  # standard deviations for which the samples needed are said
 USUAL_BATCH = 32  # for which a momentum is said where the training's batch size is not known
+FASTEST = 0.1  # PyTorch's own momentum: what moves faster is not adapting slowly
 FOLLOWS = 0.1  # standard deviations that a moving average may miss the mean by, in the worst channel
 
 
@@ -38,7 +39,7 @@ def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) 
     worst = max(drifting or fits, key=lambda one: one.extent)
     figures = {"drift": worst.extent, "standard_error": noise, "samples": float(samples)}
     if samples < FEWEST or (not drifting and noise > UNSEEN):
-        return _too_few(samples, noise, figures)
+        return _too_few(diagnosis, noise, figures)
     if moving := domains.differing(diagnosis.halves):
         return _follow(diagnosis, max(one.look for one in moving), left, batch_size, figures)
     if not drifting:
@@ -61,13 +62,15 @@ def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) 
             f"less in deep layers, as where it holds fewer classes. Statistics of some classes are no better for all; "
             f"if the data does hold them all, recalibrate"
         )
-        return Advice("freeze", reason, "bntools.freeze(model, affine=False)", figures)
-    return _measure_anew(off, worst, samples, left, batch_size, which, figures)
+        return Advice("freeze", reason, _frozen(diagnosis), figures)
+    if left > HOPELESS:
+        return _too_few(diagnosis, left, figures)
+    return _measure_anew(off, fits, samples, left, batch_size, which, figures)
 
 
-def are_modules(diagnosis: Diagnosis) -> bool:
-    """Whether the model is PyTorch's: Keras and ONNX both call their layers by another name."""
-    return not any(one.layer.kind.endswith("BatchNormalization") for one in diagnosis)
+def _frozen(diagnosis: Diagnosis) -> str:
+    """The line that keeps the statistics; an ONNX file does not train."""
+    return "" if diagnosis.framework == "onnx" else "bntools.freeze(model, affine=False)"
 
 
 def _fits(worst: Fit, samples: int, figures: dict[str, float]) -> Advice:
@@ -80,7 +83,13 @@ def _fits(worst: Fit, samples: int, figures: dict[str, float]) -> Advice:
 
 
 def _measure_anew(
-    off: str, worst: Fit, samples: int, left: float, batch_size: int | None, which: str, figures: dict[str, float]
+    off: str,
+    fits: Sequence[Fit],
+    samples: int,
+    left: float,
+    batch_size: int | None,
+    which: str,
+    figures: dict[str, float],
 ) -> Advice:
     """A real drift: how much the samples suffice for decides between new statistics and a blend."""
     if left <= ENOUGH:
@@ -91,10 +100,8 @@ def _measure_anew(
         )
         figures |= {"samples_5_percent": float(needed[0]), "samples_1_percent": float(needed[1])}
         return Advice("recalibrate", reason, f"bntools.recalibrate(model, batches{which})", figures)
-    if left > HOPELESS:
-        return _too_few(samples, left, figures)
-    # The blend with the least expected square error of a value known up to ``noise`` and one that is off by ``extent``.
-    prior = max(1, round(samples * (worst.noise / worst.extent) ** 2))
+    # The least expected square error of a blend of values known up to ``noise`` and ones that are off by ``extent``.
+    prior = max(1, round(samples * sum(one.noise**2 for one in fits) / sum(one.extent**2 for one in fits)))
     momentum = _momentum(samples, left, batch_size)
     reason = (
         f"{off}, but {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel: weigh what is "
@@ -118,12 +125,13 @@ def _follow(
     )
     figures |= {"look": look, "momentum": momentum, "half_life": float(memory)}
     how = f'bntools.adapt(model, prior={max(1, memory // 10)}, layers="*", half_life={memory})'
-    if not are_modules(diagnosis):
+    if diagnosis.framework in ("keras", "onnx"):
         how = f"bntools.recalibrate(model, latest, prior={memory})  # now and then, on the latest batches"
     return Advice("adapt", reason, how, figures)
 
 
-def _too_few(samples: int, noise: float, figures: dict[str, float]) -> Advice:
+def _too_few(diagnosis: Diagnosis, noise: float, figures: dict[str, float]) -> Advice:
+    samples = diagnosis.samples
     if math.isfinite(noise) and samples >= 2:
         needed = max(_needed(samples, noise, ENOUGH), FEWEST)
         more = f"leave {number(noise)} standard deviations to chance in the worst channel; about {needed:,} would do"
@@ -131,7 +139,7 @@ def _too_few(samples: int, noise: float, figures: dict[str, float]) -> Advice:
     else:
         more = "have no standard error; give some dozens"
     reason = f"{counted(samples, 'sample')} are too few to tell: they {more}. Until then keep what is stored"
-    return Advice("freeze", reason, "bntools.freeze(model, affine=False)", figures)
+    return Advice("freeze", reason, _frozen(diagnosis), figures)
 
 
 def _elsewhere(worst: Fit) -> bool:
@@ -177,7 +185,7 @@ def _momentum(samples: int, left: float, batch_size: int | None) -> float:
     """
     batch = batch_size or USUAL_BATCH
     wanted = _needed(samples, left, FOLLOWS)
-    return float(f"{min(0.5, 2 * batch / (wanted + batch)):.2g}")
+    return float(f"{min(FASTEST, 2 * batch / (wanted + batch)):.2g}")
 
 
 def _in_words(momentum: float, batch_size: int | None) -> str:
