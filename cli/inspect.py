@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import arguments, diagnosis, loading, output, progress
+from . import arguments, diagnosis, loading, output, progress, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -40,6 +40,8 @@ COMMON = ("kind", "eps", "momentum", "updates", "frozen")
 @arguments.allow
 @arguments.layers
 @arguments.to_inference
+@arguments.html
+@arguments.force
 @arguments.as_json
 def command(
     model: Path,
@@ -51,21 +53,27 @@ def command(
     allow: tuple[str, ...],
     layers: tuple[str, ...],
     to_inference: bool,
+    html: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """What the BN layers of MODEL hold, and what is wrong with them.
 
     With DATA, as in bntools recalibrate, also how well they fit it, and what to do. MODEL stays as it is.
+    The report of --html shows what arrives at the first and the last layer, or at those named by --histogram.
     """
     if data is None:
-        _refuse_without_data(histograms, training_batch, to_inference)
+        _refuse_without_data(histograms, training_batch, to_inference, html)
         _look(model, arch, allow, layers, as_json)
         return
+    reporting.refuse(html, force)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     batches = reading.open(data, loaded)
+    histograms = histograms or (_ends(loaded, layers) if html else ())
     output.say(f"{data}: {batches.description}", quiet=as_json)
     found = _diagnose(loaded, data, batches, reading, layers, histograms, training_batch, as_json)
+    reporting.write(html, found, {"model": str(model), "data": f"{data}: {batches.description}"})
     if as_json:
         figures = diagnosis.figures(found)
         records = [{**_record(each.layer), **of} for each, of in zip(found, figures["layers"], strict=True)]
@@ -73,11 +81,26 @@ def command(
         return
     diagnosis.show(found)
     _print_problems([layer.layer for layer in found])
+    reporting.said(html, quiet=False)
 
 
-def _refuse_without_data(histograms: tuple[str, ...], training_batch: int | None, to_inference: bool) -> None:
-    options = {"--histogram": histograms, "--training-batch": training_batch, "--to-inference": to_inference}
-    for name, value in options.items():
+def _ends(model: Any, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The first and the last of the layers, by name."""
+    import bntools
+    from bntools import backends
+    from bntools.layer import select
+
+    found = [
+        layer for layer in select(bntools.inspect(model), layers or None, backends.absence(model)) if layer.tracked
+    ]
+    return tuple(dict.fromkeys(layer.name for layer in (*found[:1], *found[-1:])))
+
+
+def _refuse_without_data(
+    histograms: tuple[str, ...], training_batch: int | None, to_inference: bool, html: Path | None
+) -> None:
+    options = ("--histogram", "--training-batch", "--to-inference", "--html")
+    for name, value in zip(options, (histograms, training_batch, to_inference, html), strict=True):
         if value:
             raise click.UsageError(f"{name} is for a diagnosis: give DATA")
 

@@ -75,9 +75,8 @@ def _summary(found: Diagnosis) -> Html:
     figures: dict[str, Content] = {"samples": f"{found.samples:,}", "BN layers measured": f"{len(found.layers):,}"}
     if found.layers:
         worst = drifts.ranked([Drift(_channels(one), one.drift, one.standard_error) for one in found.layers])[0]
-        label = joined(
-            ["largest drift, in layer ", name(worst.channels.name, words.shortened(worst.channels.name, 28))]
-        )
+        where = name(worst.channels.name, words.shortened(worst.channels.name, 28))
+        label = joined(["largest drift, in layer ", where])
         figures[label] = f"{words.number(worst.value)} std"
     whole = next((one for one in found.modes if one.batch_size is None), None)
     if whole is not None:

@@ -63,8 +63,8 @@ def _residuals(result: Recalibration) -> Section | None:
     rows = found if len(found) <= drifts.EACH else most
     explanation = (
         "How far what eval mode now brings to each layer is from the statistics it has stored, in standard deviations. "
-        f"Rounding leaves about 1e-6 in float32, too little to see here: a row is at least {SUSPECT:g} std wide. More says "
-        "that the statistics do not yet fit each other."
+        f"Rounding leaves about 1e-6 in float32, too little to see here: a row is at least {SUSPECT:g} std "
+        "wide. More says that the statistics do not yet fit each other."
     )
     explanation += f" The {drifts.WORST} largest of {len(found)} are shown." if len(rows) < len(found) else ""
     drawn = [Bar(one.name, residual, f"{words.number(residual)} std") for one, residual in rows]

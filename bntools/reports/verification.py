@@ -102,6 +102,7 @@ def _histogram(one: OutputError, tolerance: float) -> Html:
 def _table(check: Verification) -> Section:
     headers = ["output", "shape", "dtype", "error", "largest difference", "average difference", "agreement"]
     problems = any(one.problem for one in check.outputs)
+    headers += ["problem"] if problems else []
     rows: list[list[Content]] = []
     for one in sorted(check.outputs, key=lambda one: -one.error):
         figures = [words.number(each) for each in (one.error, one.max_error, one.mean_error)]
@@ -111,6 +112,4 @@ def _table(check: Verification) -> Section:
         if problems:
             rows[-1].append(tag("span", {"class": "wide"}, one.problem))
     explanation = "The error is the largest difference over the largest value of the reference."
-    return Section(
-        "table", "All outputs", explanation, table("All outputs", [*headers, *(["problem"] if problems else [])], rows)
-    )
+    return Section("table", "All outputs", explanation, table("All outputs", headers, rows))
