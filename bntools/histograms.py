@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bntools.batches import Batch
+from bntools.batches import Batch, count
 from bntools.errors import BntoolsError
+from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, select
 from bntools.measurement import Job
 from bntools.replicas import Walker
@@ -39,8 +40,8 @@ def measured(job: Job, sample: Sample, names: Iterable[str]) -> dict[str, Histog
     names = list(names)
     seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with job.measuring(names, values=names) as start:
-        for part in sample.parts(min(RUN, sample.samples), sample.samples):
-            walker = Walker(start(part), Batch(0, part, min(RUN, sample.samples)))
+        for part in sample.all_of_it(RUN):
+            walker = Walker(start(part), Batch(0, part, count(part)))
             try:
                 walker.advance()
                 while walker.arrival is not None:
@@ -48,7 +49,8 @@ def measured(job: Job, sample: Sample, names: Iterable[str]) -> dict[str, Histog
                         seen[walker.met.layer].append(_thinned(walker.met.values, sample.samples))
                     walker.advance()
             finally:
-                walker.replica.close()
+                with uninterrupted():
+                    walker.replica.close()
     found = {name: _normalized(job.before[name], rows) for name, rows in seen.items() if rows}
     return {name: _histogram(values) for name, values in found.items() if values.size}
 

@@ -25,6 +25,10 @@ class Sample:
         """The first samples, as a batch."""
         return sliced(self.content, 0, min(samples, self.samples))
 
+    def all_of_it(self, size: int) -> list[Any]:
+        """All samples, in batches of this size and a smaller last one."""
+        return [sliced(self.content, start, start + size) for start in range(0, self.samples, size)]
+
     def parts(self, size: int, most: int) -> list[Any]:
         """At most so many batches of exactly this size; what fills none is left out."""
         starts = range(0, self.samples - size + 1, size)[:most]

@@ -25,6 +25,11 @@ STYLES: dict[Severity, str] = {
     "severe": "bold red",
 }
 HEADERS = ("layer", "drift", "+-", "channel", "mean", "std", "KL", "gap")
+LEGEND = """\
++-       standard error of the measured mean, in the channel where it is largest
+channel  the one that leads: the shift of its mean, the ratio of its standard
+         deviations, measured to stored, and its divergence (KL) in nats
+gap      share of the outputs' change by new statistics that it brings alone"""
 MOST = 20  # layers in the table of a terminal
 LOOKS = 4  # preprocessings that are shown
 SHORTEST = 16  # characters of a layer's name that are always left
@@ -33,16 +38,9 @@ SHORTEST = 16  # characters of a layer's name that are always left
 def show(found: Diagnosis) -> None:
     """Print a diagnosis: layers, the worst first, then the whole model, and what to do at the end."""
     layers, samples = counted(len(found), "BN layer"), counted(found.samples, "sample")
-    click.echo(f"{layers} measured on {samples}; in stored standard deviations, the worst first:")
+    click.echo(f"{layers} measured on {samples}; in stored standard deviations, worst first:")
     _print_layers(found.worst())
-    click.echo("+-: standard error of the mean; channel: the one that leads, with its shift of the mean, its ratio of")
-    click.echo(
-        "standard deviations and its divergence in nats; gap: what of the outputs' change goes back with it alone"
-    )
-    for layer in found.worst():
-        if layer.dead:
-            listed = ", ".join(map(str, layer.dead[:5])) + (", ..." if len(layer.dead) > 5 else "")
-            click.echo(f"{layer.name}: {counted(len(layer.dead), 'dead channel')} ({listed})")
+    click.echo(LEGEND)
     for name, reason in found.untouched.items():
         click.echo(f"not measured: {name}: {reason}")
     _print_outputs(found)
@@ -116,7 +114,7 @@ def _print_outputs(found: Diagnosis) -> None:
         ]
         output.table(["batch size", "error / scale", "same largest output"], rows)
     if found.alone is not None:
-        click.echo(f"a sample by itself differs from the same in a batch by {found.alone:.1e} of the outputs' scale")
+        click.echo(f"a sample by itself and in a batch: outputs differ by {found.alone:.1e} of their scale")
 
 
 def _print_data(found: Diagnosis) -> None:
