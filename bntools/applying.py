@@ -65,11 +65,13 @@ def apply(model: Any, stats: Source, *, strict: bool = True) -> Applied:
     with naming(stats):
         found, notes = check_fit(taken, backend, model, strict=strict)
     before: Written = {layer.name: (*layer.stats, layer.updates) for layer in found}
+    counters = backends.counters(model)
 
     def undo() -> None:
         with uninterrupted():
             backend.write(model, before)
             backend.commit(model)
+            counters()
 
     try:
         with uninterrupted():
@@ -78,6 +80,7 @@ def apply(model: Any, stats: Source, *, strict: bool = True) -> Applied:
     except BaseException:
         with uninterrupted():
             backend.write(model, before)
+            counters()
         raise
     return Applied([layer.name for layer in found], notes, undo)
 

@@ -107,6 +107,12 @@ def absence(model: Any) -> Callable[[], str] | None:
     return None if found is None else partial(found, model)
 
 
+def counters(model: Any) -> Callable[[], None]:
+    """What puts back, after the statistics, counts of updates that a model itself does not hold."""
+    found = getattr(of(model), "counters", None)
+    return (lambda: None) if found is None else found(model)
+
+
 def backend(name: str) -> ModuleType:
     """The back end of this name; its framework is imported now."""
     try:

@@ -17,6 +17,7 @@ _HOME = {
     "absorb": "surgery",
     "canonical": "feeding",
     "commit": "editing",
+    "counters": "found",
     "digest": "digests",
     "edit": "editing",
     "export": "shipping",

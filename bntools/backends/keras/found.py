@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,6 +68,20 @@ def remember(model: Any, updates: Mapping[str, int]) -> None:
     found, steps = norms(model), training_steps(model) or 0
     for name in updates.keys() & found.keys():
         _written[found[name]] = Written(updates[name], steps)
+
+
+def counters(model: Any) -> Callable[[], None]:
+    """What puts back the counts of updates as they are now: ``write`` cannot say that nobody counted."""
+    before = [(layer, _written.get(layer)) for layer in norms(model).values()]
+
+    def put_back() -> None:
+        for layer, known in before:
+            if known is None:
+                _written.pop(layer, None)
+            else:
+                _written[layer] = known
+
+    return put_back
 
 
 def training_steps(model: Any) -> int | None:
