@@ -1,7 +1,9 @@
 """Every architecture of keras.applications that contains BN: recalibrated, folded and exported.
 
-Random weights, whose activations multiply rounding as trained ones do not, and crops of two photographs, 64 to 96
-pixels wide. Each network runs in a process of its own; ``python keras_architectures.py NAME`` measures one.
+Random kernels, and crops of two photographs, 64 to 96 pixels wide. Scales and shifts are such as training leaves:
+networks as initialized multiply rounding with their depth, so that float32 itself is off by 1e-4. How far each network
+is off from its own float64 is measured beside. Each runs in a process of its own;
+``python keras_architectures.py NAME ...`` measures some, and prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -27,23 +29,34 @@ NAMES = (
 )
 WIDER = {"InceptionV3": 96, "Xception": 96, "InceptionResNetV2": 96}  # pixels; 64 for the others
 SAMPLES = 16
+FIGURES = {
+    "residual": "residual",
+    "invariance": "statistics at micro-batch 16 against 4",
+    "fold": "scale-relative error of the fold",
+    "export": "scale-relative error of the exported file",
+}
+OWN = {"invariance": "statistics", "fold": "outputs", "export": "outputs"}
 
 
 def rows() -> Iterator[Any]:
     """One row for each figure over all networks, and one for each network."""
-    from measure import Row, at_most
-
     with ThreadPoolExecutor(2) as pool:  # nothing is timed
         found = dict(zip(NAMES, pool.map(_in_a_process, NAMES), strict=True))
-    for figure, what in (("residual", "residual"), ("invariance", "statistics at micro-batch 16 against 4")):
+    yield from table(found)
+
+
+def table(found: dict[str, dict[str, Any]]) -> Iterator[Any]:
+    """The rows of what was measured, by architecture."""
+    from measure import Row, at_most
+
+    for figure, what in FIGURES.items():
         worst = max(found, key=lambda name: found[name][figure])
-        yield at_most(f"Keras, {len(NAMES)} architectures, {what} (worst: {worst})", found[worst][figure], 1e-5)
-    for figure, what in (("fold", "scale-relative error of the fold"), ("export", "of the exported file")):
-        worst = max(found, key=lambda name: found[name][figure])
-        yield at_most(f"Keras, {len(NAMES)} architectures, {what} (worst: {worst})", found[worst][figure], 1e-5)
+        own = found[worst]["own " + OWN[figure]] if figure in OWN else None
+        beside = "" if own is None else f", whose own distance from float64 is {own:.1e}"
+        yield at_most(f"Keras, {len(found)} architectures: {what} (worst: {worst}{beside})", found[worst][figure], 1e-5)
     for name, one in found.items():
         kept = f"; kept {one['kept']}: {one['reasons']}" if one["kept"] else ""
-        figures = ", ".join(f"{key} {one[key]:.1e}" for key in ("residual", "invariance", "fold", "export"))
+        figures = ", ".join(f"{key} {one[key]:.1e}" for key in (*FIGURES, "own statistics", "own outputs"))
         yield Row(f"Keras, {name}: folded {one['folded']} of {one['folded'] + one['kept']}{kept}", figures, "", True)
 
 
@@ -61,26 +74,97 @@ def _measure(name: str) -> dict[str, Any]:
 
     feeding.TOGETHER = 1  # so that batches of 4 are not joined to the 16 that they are compared with
 
-    keras.utils.set_random_seed(0)
     size = WIDER.get(name, 64)
-    model = getattr(keras.applications, name)(
-        weights=None, input_shape=(size, size, 3), include_top=False, pooling="avg"
-    )
-    images = _photographs(size)
+    model, images = _network(name, size), _photographs(size)
     residual = bntools.recalibrate(model, [images]).residual
-    whole = {layer.name: layer for layer in bntools.inspect(model)}
+    whole = bntools.inspect(model)
+    own = _own_rounding(model, name, size, images)
     again = bntools.recalibrate(model, [images[i : i + 4] for i in range(0, SAMPLES, 4)])
+    parts = {layer.name: layer.stats for layer in bntools.inspect(model)}
     folded = bntools.fold(model, images[:2])
     with tempfile.TemporaryDirectory() as folder:
         check = bntools.export(model, Path(folder) / "model.onnx", images[:2])
     return {
+        "name": name,
         "residual": max(residual, again.residual),
-        "invariance": max(distance(whole[n.name].stats, n.stats, n.eps) for n in bntools.inspect(model)),
+        "invariance": max(distance(layer.stats, parts[layer.name], layer.eps) for layer in whole),
+        "fold": folded.check.error,
+        "export": check.error,
+        **own,
         "folded": len(folded.folded),
         "kept": len(folded.kept),
         "reasons": "; ".join(sorted({reason.split(" '")[0] for reason in folded.kept.values()})),
-        "fold": folded.check.error,
-        "export": check.error,
+        "keras": keras.__version__,
+    }
+
+
+def _network(name: str, size: int) -> Any:
+    """Random kernels; scales from 0.5 to 1.5, of the last BN of a residual branch from 0.1 to 0.5; shifts around 1."""
+    import keras
+    import numpy as np
+
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), include_top=False, pooling="avg"
+    )
+    draw, ends = np.random.default_rng(0), _branch_ends(model)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            if layer.scale:
+                low, high = (0.1, 0.5) if layer.name in ends else (0.5, 1.5)
+                layer.gamma.assign(draw.uniform(low, high, layer.gamma.shape))
+            layer.beta.assign(draw.normal(1, 0.1, layer.beta.shape))
+        elif layer.name in ends and isinstance(layer, keras.layers.Conv2D):
+            layer.kernel.assign(0.3 * layer.kernel)
+    return model
+
+
+def _branch_ends(model: Any) -> set[str]:
+    """The layers with weights that give the longest of the branches of each sum: those that are no shortcuts."""
+    import keras
+
+    behind: dict[str, int] = {}  # by layer, how many there are on the longest way to it
+    ends: set[str] = set()
+    for layer in sorted(model.operations, key=lambda one: -_depth(model, one)):
+        before = _before(layer)
+        behind[layer.name] = 1 + max((behind[one.name] for one in before), default=0)
+        if isinstance(layer, keras.layers.Add):
+            last = max(before, key=lambda one: behind[one.name])
+            while isinstance(last, keras.layers.Dropout):
+                (last,) = _before(last)
+            ends.add(last.name)
+    return ends
+
+
+def _depth(model: Any, operation: Any) -> int:
+    """How far an operation is from the output: 0 for the one that gives it."""
+    nodes = {id(node) for node in operation._inbound_nodes}
+    return max(depth for depth, found in model._nodes_by_depth.items() if nodes & {id(node) for node in found})
+
+
+def _before(operation: Any) -> list[Any]:
+    return [tensor._keras_history.operation for node in operation._inbound_nodes[:1] for tensor in node.input_tensors]
+
+
+def _own_rounding(model: Any, name: str, size: int, images: Any) -> dict[str, float]:
+    """How far the network in float32 is from itself in float64: its statistics, and the outputs with the same ones."""
+    import keras
+    import numpy as np
+
+    import bntools
+    from bntools.layer import distance
+
+    keras.config.set_dtype_policy("float64")
+    wide = _network(name, size)
+    keras.config.set_dtype_policy("float32")
+    wide.set_weights(model.get_weights())
+    images = images.astype(np.float64)
+    found, right = (keras.ops.convert_to_numpy(one(images[:2], training=False)) for one in (model, wide))
+    bntools.recalibrate(wide, [images], check=False)
+    pairs = zip(bntools.inspect(wide), bntools.inspect(model), strict=True)  # names of the second model count on
+    return {
+        "own statistics": max(distance(exact.stats, own.stats, own.eps) for exact, own in pairs),
+        "own outputs": float(np.abs(found - right).max() / np.abs(right).max()),
     }
 
 
@@ -95,4 +179,5 @@ def _photographs(size: int) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1])))
+    for architecture in sys.argv[1:]:
+        print(json.dumps(_measure(architecture)), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import keras
 from bntools.backends.keras.feeding import canonical
 from bntools.backends.keras.flat import Flat, Spec, specs
 from bntools.backends.keras.naming import named
+from bntools.backends.keras.running import to_numpy
+from bntools.backends.keras.state import attributes_set
 from bntools.backends.keras.visible import visible
 from bntools.errors import BntoolsError
 from bntools.noise import brief, caught
@@ -42,7 +44,7 @@ def export(
             if keras.backend.backend() == "torch":
                 _trace(flat, model, example, inputs, path, opset, plain)
             else:
-                with nullcontext() if plain else visible(model):
+                with _constants(model), nullcontext() if plain else visible(model):
                     _write(flat, inputs, path, opset)
         except (OSError, BntoolsError):
             raise
@@ -64,6 +66,19 @@ def _write(flat: Flat, inputs: list[Spec], path: Path, opset: int | None) -> Non
         input_signature=[_signature(one) for one in inputs],
         opset_version=opset,
     )
+
+
+def _constants(model: Any) -> AbstractContextManager[None]:
+    """While it lasts, tensors that layers hold beside their variables, as Normalization its mean, are numpy arrays.
+
+    TensorFlow's exporter would make inputs of the file of them.
+    """
+    held = [(layer, name, value) for layer in named(model).values() for name, value in vars(layer).items()]
+    return attributes_set([(layer, name, to_numpy(v)) for layer, name, v in held if isinstance(v, _tensor_class())])
+
+
+def _tensor_class() -> Any:
+    return type(keras.ops.convert_to_tensor(0.0))
 
 
 def _trace(

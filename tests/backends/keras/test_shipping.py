@@ -277,6 +277,18 @@ def test_zeros_before_max_pooling(tmp_path):
     assert count(tmp_path / "model.onnx", "Pad") == 1
 
 
+def test_tensors_beside_the_variables(tmp_path):
+    """The mean and variance of a Normalization layer are constants of the file, not inputs; the layer keeps them."""
+    first = kl.Normalization(mean=[0.5, 1.0, 2.0], variance=[1.0, 2.0, 4.0])
+    model = keras.Sequential([kl.Input((8, 8, 3)), first, kl.Conv2D(4, 3), kl.BatchNormalization()])
+    before = type(first.mean)
+    check = bntools.export(scattered(model), tmp_path / "model.onnx", IMAGES)
+    assert check.exporter == "keras"
+    assert check.error < 1e-5
+    assert len(shapes(tmp_path / "model.onnx")) == 2
+    assert type(first.mean) is before
+
+
 class Deciding(keras.Model):
     """A model whose code branches on what it computes."""
 
