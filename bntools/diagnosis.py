@@ -151,6 +151,7 @@ def _compared(job: Job, measured: Measured, found: list[LayerDrift], shown: list
 def _compare_outputs(job: Job, measured: Measured, found: list[LayerDrift], sample: Sample, findings: Findings) -> None:
     ranked = [layer.name for layer in sorted(found, key=lambda one: -one.drift)]
     stats = {layer.name: (layer.mean, layer.var) for layer in found}
+    job.progress("comparing", 0, sample.samples)
     findings.shares = outputs.shares(job, sample, stats, ranked)
     given = outputs.in_eval_mode(job, sample)
     findings.alone = outputs.alone(job, sample)
@@ -164,6 +165,7 @@ def _compare_outputs(job: Job, measured: Measured, found: list[LayerDrift], samp
     class_axis = job.backend.runners(job.model, ("cpu",), job.forward)[0].class_axis
     findings.modes, left_out = outputs.modes(job, sample, given, trained, class_axis)
     findings.notes += left_out
+    job.progress("comparing", sample.samples, sample.samples)
 
 
 def _values(measured: Measured, name: str) -> float:

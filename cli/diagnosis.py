@@ -24,13 +24,14 @@ STYLES: dict[Severity, str] = {
     "large": "red",
     "severe": "bold red",
 }
-HEADERS = ("layer", "drift", "+-", "channel", "mean", "std", "KL", "gap")
+HEADERS = ("layer", "drift", "+-", "ch", "mean", "std", "KL", "gap")
 LEGEND = """\
-+-       standard error of the measured mean, in the channel where it is largest
-channel  the one that leads: the shift of its mean, the ratio of its standard
-         deviations, measured to stored, and its divergence (KL) in nats
-gap      share of the outputs' change by new statistics that it brings alone"""
++-   standard error of the measured mean, in the channel where it is largest
+ch   the channel that leads: the shift of its mean, the ratio of its standard
+     deviations, measured to stored, and its divergence (KL) in nats
+gap  share of the outputs' change by new statistics that the layer brings alone"""
 MOST = 20  # layers in the table of a terminal
+BETWEEN = 3  # blanks between columns of a terminal's table
 LOOKS = 4  # preprocessings that are shown
 SHORTEST = 16  # characters of a layer's name that are always left
 
@@ -86,7 +87,7 @@ def _print_layers(layers: list[LayerDrift]) -> None:
     styles = [STYLES[severity(layer.drift, layer.standard_error)] for layer in layers]
     if sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(HEADERS, *cells, strict=True)]
-        left = shutil.get_terminal_size().columns - sum(width + 2 for width in widths[1:])
+        left = shutil.get_terminal_size().columns - 2 - sum(width + BETWEEN for width in widths[1:])
         cells = [(shortened(name, max(SHORTEST, left)), *others) for name, *others in cells]
     output.table(HEADERS, cells, most=MOST, styles=styles)
 
@@ -95,14 +96,19 @@ def _cells(layer: LayerDrift) -> tuple[str, ...]:
     (lead,) = layer.leading(1)
     return (
         layer.name,
-        number(layer.drift),
-        number(layer.standard_error),
+        _brief(layer.drift),
+        _brief(layer.standard_error),
         str(lead.channel),
-        f"{lead.mean:+.3g}",
-        f"x{number(lead.ratio)}",
-        number(lead.kl),
+        f"{'-' if lead.mean < 0 else '+'}{_brief(abs(lead.mean))}",
+        f"x{_brief(lead.ratio)}",
+        _brief(lead.kl),
         "-" if layer.gap is None else f"{layer.gap:.0%}",
     )
+
+
+def _brief(value: float) -> str:
+    """A figure of the table, as long as its like: three decimals, fewer where they say nothing."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else number(value)
 
 
 def _print_outputs(found: Diagnosis) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import click
+import pytest
 import torch
+from listing import contents
 from torch import nn
+
+import bntools
+from bntools.cli import diagnosis
 
 
 def save(model: nn.Module, path) -> None:
@@ -89,3 +96,76 @@ def test_a_model_without_bn(run, refused, desk):
     save(nn.Sequential(nn.Linear(2, 2)), "plain.pt")
     assert "folded already" in refused("inspect plain.pt")
     assert json.loads(run("inspect model.pt --json").out)["model"] == "model.pt"
+
+
+def test_with_data(run, desk):
+    """The data is described, layers come worst first, then modes, parts and advice; no file changes."""
+    before = contents(desk)
+    outcome = run("inspect model.pt data")
+    assert (outcome.status, outcome.err) == (0, "")
+    described, measured, header, *rows = outcome.out.splitlines()
+    assert described.startswith("data: 40 images 1x8x8; scaled to 0..1")
+    assert measured.startswith("3 BN layers measured on 40 samples")
+    assert header.split() == ["layer", "drift", "+-", "ch", "mean", "std", "KL", "gap"]
+    drifts = [float(row.split()[1].replace(",", "")) for row in rows[:3]]
+    assert drifts == sorted(drifts, reverse=True)
+    assert "eval mode against train mode, on the same samples:" in rows
+    assert [row.split()[:2] for row in rows if row.startswith("roll-")] == [["roll-1", "25"], ["roll-2", "15"]]
+    assert any(row.startswith("1. ") for row in rows)
+    assert any("problems in 3 of 3 layers" in row for row in rows)
+    assert contents(desk) == before
+
+
+def test_with_data_as_json(run, desk):
+    """--json has all figures: those of the layers' records, and those that were measured, per channel too."""
+    found = json.loads(run("inspect model.pt data --json --max-samples 30 --layers 1 --histogram 1").out)
+    assert found["samples"] == 30
+    (layer,) = found["layers"]
+    assert layer["problems"]
+    assert len(layer["mean_shift"]) == len(layer["measured"]["var"]) == layer["features"] == 32
+    assert sum(layer["histogram"]["counts"]) == 30 * 8 * 8 * 32
+    assert found["untouched"].keys() == {"4", "8"}
+    assert [mode["batch_size"] for mode in found["modes"]] == [1, 2, 8, None]
+    assert [domain["name"] for domain in found["domains"]] == ["roll-1", "roll-2"]
+    assert found["input"]["samples"] == 30
+    assert found["advice"][0]["action"]
+
+
+@pytest.mark.parametrize("option", ["--histogram 1", "--training-batch 8", "--to-inference"])
+def test_options_that_need_data(run, desk, option):
+    """What only a diagnosis has a use for is a usage error without data."""
+    outcome = run(f"inspect model.pt {option}")
+    assert outcome.status == 2
+    assert "give DATA" in outcome.err
+
+
+@pytest.fixture(scope="module")
+def diagnosed():
+    """A diagnosis of two layers with long names, one of which has drifted far."""
+    parts = {f"a_long_name_of_a_module_{i}": nn.ModuleDict({"normalization": nn.BatchNorm1d(2)}) for i in range(2)}
+    model = nn.ModuleDict(parts)
+
+    def forward(model, batch):
+        for part in model.values():
+            batch = part["normalization"](batch)
+        return batch
+
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) * 30 + 100
+    return bntools.inspect(model, [x], forward=forward)
+
+
+@pytest.mark.parametrize("colourless", [False, True])
+def test_on_a_terminal(diagnosed, capsys, monkeypatch, colourless):
+    """80 columns are enough, long names keep their ends, severity has a colour, and NO_COLOR is respected."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if colourless:
+        monkeypatch.setenv("NO_COLOR", "1")
+    diagnosis.show(diagnosed)
+    out = capsys.readouterr().out
+    assert ("[1;31m" in out) is not colourless
+    plain = [line for line in click.unstyle(out).splitlines() if not line.startswith("       ")]
+    assert max(map(len, plain)) <= 80
+    assert sum("…" in line and "malization " in line for line in plain) == 2
