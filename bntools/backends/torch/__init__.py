@@ -14,6 +14,7 @@ from bntools.backends.torch.inputs import input_channels
 from bntools.backends.torch.layers import layers, write
 from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.observing import observer
+from bntools.backends.torch.ranks import on_all_ranks
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
 from bntools.backends.torch.surgery import absorb
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "measuring",
     "observer",
+    "on_all_ranks",
     "predict",
     "reset",
     "runners",

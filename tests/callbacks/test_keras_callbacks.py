@@ -1,20 +1,22 @@
+from itertools import pairwise
+
 import keras
 import numpy as np
 import pytest
 from keras import layers as kl
 
 import bntools
-from bntools.callbacks.keras import FreezeBatchNorm, RecalibrateBatchNorm
+from bntools.callbacks.keras import FreezeBatchNorm, MonitorBatchNorm, RecalibrateBatchNorm, StopOnNonFinite
 from bntools.errors import BntoolsError
 
 X = np.random.default_rng(0).normal(2, 3, (32, 4)).astype("float32")
 
 
-def network():
+def network(optimizer="sgd", **options):
     """Dense and BN, compiled."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([kl.Input((4,)), kl.Dense(3), kl.BatchNormalization(name="bn"), kl.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile(optimizer, "mse", **options)
     return model
 
 
@@ -132,3 +134,76 @@ def test_data_that_can_be_read_once_is_refused():
     """A generator would be empty at the second validation: what to give instead is said before training."""
     with pytest.raises(BntoolsError, match=r"generator, which can be read only once.*tf\.data\.Dataset"):
         RecalibrateBatchNorm(batch for batch in [X])
+
+
+class Means(keras.callbacks.Callback):
+    """The moving mean at the beginning, and after each batch."""
+
+    def on_train_begin(self, logs=None):
+        self.means = [self.mean()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.means.append(self.mean())
+
+    def mean(self):
+        return np.array(keras.ops.convert_to_numpy(self.model.get_layer("bn").moving_mean))
+
+
+def test_freezing_after_some_batches():
+    """Counted over epochs, also where several run between two calls of a callback."""
+    for together, moving in ((1, 5), (2, 6)):
+        model, log = network(steps_per_execution=together), Means()
+        fit(model, FreezeBatchNorm(5, unit="steps"), log, epochs=2, validate=False, batch_size=8)
+        changed = [not np.array_equal(a, b) for a, b in pairwise(log.means)]
+        assert sum(changed) * together == moving
+        assert changed == sorted(changed, reverse=True)
+
+
+class Exact(Log):
+    """What the moving mean is while a validation runs, and what it should be."""
+
+    def on_test_end(self, logs=None):
+        pass
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.tested.append((self.mean(), exact_mean(self.model)))
+
+
+def test_averaged_weights_get_statistics_of_their_own():
+    """Those of use_ema at the end, where fit puts them in; behind SwapEMAWeights before each validation as well."""
+    for swap in ([], [keras.callbacks.SwapEMAWeights()]):
+        model, log = network(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9)), Exact()
+        callback = RecalibrateBatchNorm(X)
+        fit(model, *swap, callback, log, epochs=2)
+        assert len(callback.results) == 3 - len(swap)  # without the swap, what was validated is not what is left
+        for mean, expected in log.tested:
+            np.testing.assert_allclose(mean, expected, rtol=1e-5)
+        np.testing.assert_allclose(bntools.inspect(model)[0].mean, exact_mean(model), rtol=1e-5)
+
+
+def test_statistics_that_are_not_finite_stop_the_fit():
+    """The layer and the batch are named, counted over the epochs of fit; the rest is not trained."""
+
+    class Break(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.layers[0].bias.assign([np.nan, 0.0, 0.0])
+
+    model, log = network(), Log()
+    with pytest.raises(BntoolsError, match=r"layer 'bn': NaN or Inf .* after step 5"):
+        fit(model, Break(), StopOnNonFinite(), log, batch_size=8)
+    assert len(log.means) == 1
+
+
+def test_the_monitor_writes_for_tensorboard(tmp_path):
+    """A summary file of TensorFlow has the figures of every third batch; a function may take them instead."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = []
+    monitors = [MonitorBatchNorm(tmp_path, every=3), MonitorBatchNorm(lambda *given: seen.append(given), every=3)]
+    fit(network(), *monitors, epochs=2, validate=False, batch_size=8)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    names = ["bn/bn/drift", "bn/bn/mean", "bn/bn/variance", "bn/drift"]
+    assert sorted(events.Tags()["tensors"]) == names
+    assert [event.step for event in events.Tensors("bn/drift")] == [3, 6] == [step for _, step in seen]
+    assert sorted(seen[0][0]) == names
