@@ -26,6 +26,7 @@ MOST = 64  # samples: a first layer sees thousands of pixels of each
 BETTER = (
     1 / 3
 )  # of the drift as given: a true shift of contrast or colour is not undone so far by a wrong preprocessing
+FAR = 1 / 20  # of the drift as given: no camera is off by so much, and what is left may be one
 FITS = 0.5  # standard deviations in the worst channel: what is left has to be of the order of a domain's own drift
 SWAPPED = "RGB and BGR exchanged"
 
@@ -61,13 +62,15 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
 def better(preprocessing: Iterable[Preprocessing]) -> tuple[Preprocessing, Preprocessing] | None:
     """The data as given and what fits far better; None where nothing does.
 
-    Far better is a drift below BETTER of the given one and below FITS. Where the given one fits already, nothing is.
+    Far better is a drift below BETTER of the given one that fits (FITS), or one below FAR of it. Where the given one
+    fits already, nothing is better.
     """
     looks = sorted(preprocessing, key=lambda one: one.drift)
     given = next((one for one in looks if one.given), None)
     if given is None or looks[0] is given or given.drift < FITS:
         return None
-    return (given, looks[0]) if looks[0].drift < min(FITS, BETTER * given.drift) else None
+    best = looks[0].drift
+    return (given, looks[0]) if best < min(FITS, BETTER * given.drift) or best < FAR * given.drift else None
 
 
 class _First:
