@@ -40,7 +40,7 @@ def preprocessing(found: Sequence[Preprocessing]) -> Section | None:
         return None
     rows = []
     for one in sorted(found, key=lambda one: one.drift):
-        given = "as the data came" if one.given else ""
+        given = "as the data came" if one.given and one.name != "as given" else ""
         rows.append(Bar(one.name, one.drift, f"{words.number(one.drift)} std", words.severity(one.drift), remark=given))
     explanation = (
         "Drift of the first BN layer if the images were prepared otherwise. A far shorter bar than that of the data as "
