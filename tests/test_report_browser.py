@@ -173,12 +173,15 @@ def test_commands_can_be_copied(browser, folder):
 
 
 def test_it_prints(browser, folder):
-    """Printed from a dark screen it is a PDF of a few pages."""
+    """Printed from a dark screen it is a PDF of a few pages, dark on light, with the whole table on the paper."""
     opened(browser, folder, scheme="dark")
     pdf = base64.b64decode(browser.print_page())
     assert pdf.startswith(b"%PDF-")
     assert 1 <= pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") <= 8
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    paper = {"width": 690, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 within its margins
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 690
     assert brightness(browser, "body", "backgroundColor") > 0.95
     assert brightness(browser, "body", "color") < 0.3
     hidden = "return getComputedStyle(document.querySelector('.copy')).display"
