@@ -2,10 +2,11 @@
 
 A back end is a package of plain functions under the same names:
 
-    layers  edit  write  commit  freeze  unfreeze  reset  measuring  graph  absorb  handed  predict  export  load  save
+    layers  edit  write  commit  digest  freeze  unfreeze  reset  measuring  graph  absorb  handed  predict  export
+    load  save
 
-and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files`` and
-``refuse_freezing``, for which verbs ask with hasattr.
+and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files``, ``live``,
+``counters``, ``described`` and ``refuse_freezing``, for which verbs ask with hasattr.
 
 It is found by looking at the model's type and at what is already imported, so that asking imports
 no framework that the caller does not have in hand (the way einops does it).
