@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 Severity = Literal["noise", "small", "clear", "large", "severe"]
@@ -28,6 +29,25 @@ def shortened(name: str, most: int) -> str:
         return name
     tail = max((most - 1) * 2 // 3, 0)
     return f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"
+
+
+def told_apart(names: Sequence[str], most: int) -> list[str]:
+    """Names in at most so many characters each; longer where different names would become the same.
+
+    Where one is too long, the beginning that all share goes first.
+    """
+    if all(len(name) <= most for name in names):
+        return list(names)
+    first, last = min(names), max(names)
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = first[:alike]
+    prefix = prefix[: max(prefix.rfind("."), prefix.rfind("/")) + 1]
+    rests = [f"…{name.removeprefix(prefix)}" if len(prefix) > 1 else name for name in names]
+    while True:
+        short = [shortened(name, most) for name in rests]
+        if len(set(short)) == len(set(names)):
+            return short
+        most += 4
 
 
 def counted(count: int, noun: str) -> str:

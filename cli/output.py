@@ -10,9 +10,12 @@ from typing import Any
 
 import click
 
-from bntools.words import counted, number, percent
+from bntools.words import counted, number, percent, told_apart
 
 __all__ = ["as_json", "counted", "jsonable", "number", "percent", "say", "table"]
+
+BETWEEN = 2  # columns of a terminal between those of a table
+SHORTEST = 16  # characters of a name that stay on a terminal, however narrow
 
 
 def say(text: str = "", quiet: bool = False) -> None:
@@ -30,7 +33,8 @@ def table(
 ) -> None:
     """Print rows under headers, the first column to the left and the others to the right.
 
-    With ``most`` a terminal shows as many rows and says how many it left out; a pipe gets all of them. ``styles`` are
+    On a terminal long names in the first column lose their middle where the rows would not fit beside one another.
+    With ``most`` it shows as many rows and says how many it left out; a pipe gets all of them. ``styles`` are
     rich's, one a row, for its first two cells on a terminal.
     """
     if not rows:
@@ -43,13 +47,18 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for index, header in enumerate(headers):
         shown.add_column(header, justify="right" if index else "left", overflow="fold")
+    console = Console()
+    widths = [max(map(len, column)) for column in zip(headers, *rows[:most], strict=True)]
+    left = max(console.width - sum(width + BETWEEN for width in widths[1:]) - 2, SHORTEST)
+    names = told_apart([row[0] for row in rows[:most]], left)
     for index, row in enumerate(rows[:most]):
         style = styles[index] if styles else ""
-        shown.add_row(*(Text(cell, style if place < 2 else "") for place, cell in enumerate(row)))
-    Console().print(shown)
+        cells = (names[index], *row[1:])
+        shown.add_row(*(Text(cell, style if place < 2 else "") for place, cell in enumerate(cells)))
+    console.print(shown)
     if most is not None and len(rows) > most:
         click.echo(f"... and {len(rows) - most} more")
 

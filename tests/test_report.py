@@ -285,3 +285,7 @@ def test_long_names_lose_their_middle():
     """Both ends stay, and the result is as long as it may be."""
     assert words.shortened("backbone.layer3.5.bn2", 12) == "back…3.5.bn2"
     assert words.shortened("bn", 12) == "bn"
+    names = [f"backbone.stages.{i}.attention.norm" for i in range(12)]
+    assert words.told_apart(names, 18) == [f"…{i}.attention.norm" for i in range(12)]
+    assert len(set(words.told_apart([f"a.{'b' * 40}{i}{'c' * 40}" for i in range(9)], 12))) == 9
+    assert words.told_apart(names, 40) == names

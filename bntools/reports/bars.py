@@ -34,12 +34,14 @@ def bars(caption: str, rows: Sequence[Bar], least: float = 0.0) -> Html:
     """Rows on one linear scale, from 0 to at least ``least``; what is not finite fills its row."""
     reach = [each for row in rows for each in (row.value + row.error, row.limit or 0.0) if math.isfinite(each)]
     most = max([*reach, least]) or 1.0
-    return tag("ul", {"class": "bars", "aria-label": caption}, *(_row(row, most) for row in rows))
+    labels = words.told_apart([row.label for row in rows], LABEL)
+    items = (_row(row, shown, most) for row, shown in zip(rows, labels, strict=True))
+    return tag("ul", {"class": "bars", "aria-label": caption}, *items)
 
 
-def _row(row: Bar, most: float) -> Html:
+def _row(row: Bar, shown: str, most: float) -> Html:
     remark = tag("span", {"class": "remark"}, row.remark) if row.remark else None
-    label = tag("span", {"class": "label"}, name(row.label, words.shortened(row.label, LABEL)), remark)
+    label = tag("span", {"class": "label"}, name(row.label, shown), remark)
     width = row.value / most if math.isfinite(row.value) else 1.0
     parts = [tag("i", {"class": f"bar {row.level}", "style": f"width:{_percent(width)}"})]
     if row.error and math.isfinite(row.value):

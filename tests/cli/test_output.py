@@ -38,6 +38,18 @@ def test_terminal_table(capsys, monkeypatch):
     assert lines[-1] == "... and 10 more"
 
 
+def test_long_names_lose_their_middle_on_a_terminal(capsys, monkeypatch):
+    """Where names are too long for 80 columns each row keeps its one line, and the name its end."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    rows = [[f"backbone.stages.{i}.blocks.attention.norm{i}", "0.25", "1.2e+03", "-1.2e+03", "123"] for i in range(3)]
+    output.table(["layer", "drift", "mean before", "std before", "channels that lead"], rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [f"norm{i} " in line and "…" in line for i, line in enumerate(lines[3:6])] == [True] * 3
+
+
 @pytest.mark.parametrize(("count", "text"), [(0, "0 layers"), (1, "1 layer"), (1200, "1,200 layers")])
 def test_counted(count, text):
     """Counts agree with their noun."""
