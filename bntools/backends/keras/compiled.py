@@ -5,6 +5,7 @@ Keras has no public function by which an optimizer that was built gets to know m
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,10 +26,23 @@ def follow(model: keras.Model) -> None:
         strategy = getattr(one, "distribute_strategy", None)
         with nullcontext() if strategy is None else strategy.scope():  # new variables have to be made in it
             optimizer = getattr(one, "optimizer", None)
+            _warn_on_jax(one, optimizer)
             if getattr(optimizer, "built", False):
                 _introduce(optimizer, one.trainable_variables)
             if getattr(one, "train_function", None) is not None:
                 one.make_train_function(force=True)
+
+
+def _warn_on_jax(model: Any, optimizer: Any) -> None:
+    """On JAX, ``fit`` refuses an optimizer that knows other variables than those that train now."""
+    if keras.backend.backend() != "jax" or not getattr(optimizer, "built", False):
+        return
+    if {id(v) for v in optimizer._trainable_variables} != {id(v) for v in model.trainable_variables}:
+        warnings.warn(
+            f"the optimizer of the model {model.name!r} was built for other variables than train now, which Keras's "
+            f"JAX back end refuses in fit: call model.compile again before it",
+            stacklevel=2,
+        )
 
 
 def _introduce(optimizer: Any, variables: list[Any]) -> None:

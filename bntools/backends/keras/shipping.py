@@ -35,9 +35,14 @@ def export(
 
     Raises BntoolsError where the exporter fails, OSError where the file cannot be written.
     """
+    if keras.backend.backend() not in ("tensorflow", "torch"):
+        raise BntoolsError(
+            f"Keras runs on {keras.backend.backend()}, from where BN cannot be exported as it is: save the model, "
+            f"and export it with KERAS_BACKEND=tensorflow or torch"
+        )
     _check_dtypes(model)
     inputs, keys = specs(model, example, other)
-    plain = exporter == "keras-plain" or keras.backend.backend() == "jax"
+    plain = exporter == "keras-plain"
     with caught(native=True) as said:
         try:
             flat = Flat(model, keys)

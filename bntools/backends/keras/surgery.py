@@ -100,7 +100,8 @@ class _Weights:
                 continue
             variable = getattr(new[id(old)], name)
             dtype = keras.backend.standardize_dtype(variable.dtype)
-            stored = ops.cast(ops.convert_to_tensor(value, dtype="float64"), dtype)
+            wide = "float32" if keras.backend.backend() == "jax" else "float64"  # more, JAX would warn, is not there
+            stored = ops.cast(ops.convert_to_tensor(value, dtype=wide), dtype)
             if not np.isfinite(np.asarray(ops.convert_to_numpy(ops.cast(stored, "float32")))).all():
                 raise BntoolsError(
                     f"{label(old, path)}: a {name} of {float(np.abs(value).max()):.3g} does not fit {dtype}"
