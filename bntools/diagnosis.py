@@ -144,7 +144,8 @@ def _compared(job: Job, measured: Measured, found: list[LayerDrift], shown: list
         _compare_outputs(job, measured, found, sample, findings)
     if shown:
         with _noted(findings.notes, "no histogram was taken"):
-            findings.histograms = histograms.measured(job, sampled(measured.batches, SAMPLES), shown)
+            sample = replace(sampled(measured.batches, SAMPLES), bound=measured.batches[0].samples)
+            findings.histograms = histograms.measured(job, sample, shown)
     return findings
 
 
@@ -152,9 +153,16 @@ def _compare_outputs(job: Job, measured: Measured, found: list[LayerDrift], samp
     ranked = [layer.name for layer in sorted(found, key=lambda one: -one.drift)]
     stats = {layer.name: (layer.mean, layer.var) for layer in found}
     job.progress("comparing", 0, sample.samples)
+    try:
+        given = outputs.in_eval_mode(job, sample)
+    except BntoolsError:  # a graph may be bound to the size of the batches in which its data comes
+        sample = replace(sample, bound=measured.batches[0].samples)
+        given = outputs.in_eval_mode(job, sample)
     findings.shares = outputs.shares(job, sample, stats, ranked)
-    given = outputs.in_eval_mode(job, sample)
-    findings.alone = outputs.alone(job, sample)
+    if sample.bound is None:
+        findings.alone = outputs.alone(job, sample)
+    else:
+        findings.notes.append(f"outputs were compared in batches of {sample.bound} only: the model takes no others")
     trained = {name: _values(measured, name) for name in ranked if not job.before[name].stats_frozen}
     if not trained:
         findings.notes.append("eval and train mode were not compared: all measured layers are frozen")

@@ -40,7 +40,7 @@ def measured(job: Job, sample: Sample, names: Iterable[str]) -> dict[str, Histog
     names = list(names)
     seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with job.measuring(names, values=names) as start:
-        for part in sample.all_of_it(RUN):
+        for part in sample.all_of_it(sample.bound or RUN):
             walker = Walker(start(part), Batch(0, part, count(part)))
             try:
                 walker.advance()

@@ -45,12 +45,12 @@ def run(start: Start, content: Any) -> Outputs:
 
 
 def in_eval_mode(job: Job, sample: Sample) -> Outputs:
-    """The outputs of the whole sample as one batch.
+    """The outputs of the whole sample, as one batch where the model takes that.
 
     Raises BntoolsError where they are not finite, or the model gives nothing for each sample.
     """
     with job.measuring(job.before, outputs=True) as start:
-        given = run(start, sample.content)
+        given = _stacked([run(start, part) for part in sample.taken(sample.samples)])
     numbers = {name: value for name, value in given.items() if value.dtype.kind in "fc"}
     if not numbers:
         raise BntoolsError("the model has no floating-point output with an entry for each sample")
@@ -85,7 +85,7 @@ def modes(
     found: list[ModeGap] = []
     notes = []
     with job.measuring(trained, normalize="batch", outputs=True) as start:
-        for size in [*(size for size in SIZES if size < sample.samples), None]:
+        for size in [sample.bound] if sample.bound else [*(size for size in SIZES if size < sample.samples), None]:
             short = [name for name, values in trained.items() if (size or sample.samples) * values < 2]
             if short:
                 notes.append(
@@ -116,13 +116,13 @@ def shares(job: Job, sample: Sample, measured: Mapping[str, Stats], ranked: Sequ
     outputs with all measured statistics falls. It is negative for a layer that makes matters worse by itself. The
     model has its stored statistics before and after. Empty where nothing changes, or it is not finite.
     """
-    content = sample.head(SHOWN)
+    batches = sample.taken(SHOWN)
     stored = {name: job.before[name].stats for name in measured}
     with job.measuring(job.before, outputs=True) as start:
 
         def given(stats: Mapping[str, Stats]) -> Outputs:
             _write(job, stats)
-            return run(start, content)
+            return _stacked([run(start, batch) for batch in batches])
 
         whole = given(measured)
         total, scale = _apart(given(stored), whole), _apart({}, whole)

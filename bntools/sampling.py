@@ -16,14 +16,24 @@ from bntools.resizing import to_numpy
 
 @dataclass(frozen=True)
 class Sample:
-    """Some samples as one batch, in the structure in which the data came."""
+    """Some samples as one batch, in the structure in which the data came.
+
+    ``bound`` is the only batch size that the model takes, None where it takes any.
+    """
 
     content: Any
     samples: int
+    bound: int | None = None
 
     def head(self, samples: int) -> Any:
         """The first samples, as a batch."""
         return sliced(self.content, 0, min(samples, self.samples))
+
+    def taken(self, most: int) -> list[Any]:
+        """The first samples, at most so many, as the model takes them: as one batch, or as batches of the one size."""
+        if self.bound is None:
+            return [self.head(most)]
+        return self.parts(self.bound, max(1, most // self.bound))
 
     def all_of_it(self, size: int) -> list[Any]:
         """All samples, in batches of this size and a smaller last one."""

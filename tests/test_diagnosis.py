@@ -6,6 +6,7 @@ import copy
 
 import models
 import numpy as np
+import onnx_files
 import pytest
 import torch
 from torch import nn
@@ -335,3 +336,17 @@ def test_an_own_forward():
     found = bntools.inspect(model, [(part, torch.zeros(len(part))) for part in x.split(8)], forward=forward)
     assert {1, 2, 8, 24} <= sizes
     assert [one.batch_size for one in found.modes] == [1, 2, 8, None]
+
+
+def test_a_graph_bound_to_a_batch_size():
+    """A file that takes batches of 6 alone is compared in these; the file stays as it was."""
+    model = onnx_files.small(batch=6)
+    before = model.SerializeToString()
+    x = onnx_files.images(24)
+    found = bntools.inspect(model, [x[i : i + 6] for i in range(0, 24, 6)], histograms="bn1")
+    assert [one.batch_size for one in found.modes] == [6]
+    assert found.alone is None
+    assert all(layer.gap is not None for layer in found)
+    assert found[0].histogram[1].sum() == 24 * 8 * 8 * 40
+    assert any("batches of 6 only" in note for note in found.notes)
+    assert model.SerializeToString() == before
