@@ -32,7 +32,18 @@ class Factory:
         if again is made and not callable(self.factory):
             raise BntoolsError(f"data {self.source!r}: can be read only once; name the function that makes it")
         limits = [limit for limit in (most, self.reading.max_samples) if limit is not None]
-        return (batch.content for batch in Source(again, min(limits, default=None)))
+        given = again if limits else self._to_the_end(again, _length(made))
+        return (batch.content for batch in Source(given, min(limits, default=None)))
+
+    def _to_the_end(self, batches: Iterator[Any], announced: int | None) -> Iterator[Any]:
+        read = 0
+        for batch in batches:
+            read += 1
+            yield batch
+        if announced is not None and read < announced:
+            raise BntoolsError(
+                f"data {self.source!r}: ended after {read} batches, although it has {announced} by its own account"
+            )
 
     def details(self) -> dict[str, Any]:
         """What was read and how, for the record."""
@@ -42,6 +53,14 @@ class Factory:
         """What was read, in a line."""
         limit = self.reading.max_samples
         return f"batches from {self.source}" + (f", the first {limit:,} samples" if limit else "")
+
+
+def _length(made: Any) -> int | None:
+    """How many batches an iterable says it has; None where it does not tell."""
+    try:
+        return len(made)
+    except (TypeError, NotImplementedError):  # PyTorch's and Keras's classes may have a length that only raises
+        return None
 
 
 def find(source: str, reading: Reading) -> Factory:

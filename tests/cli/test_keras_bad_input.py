@@ -116,6 +116,18 @@ def test_generator_that_never_ends(refused, bench):
     assert "--max-samples" in refused("recalibrate model.keras endless_of_keras:batches --no-check")
 
 
+def test_generator_that_ends_early(refused, bench):
+    """Data with fewer batches than it announces is refused, and so is data without any."""
+    Path("early_of_keras.py").write_text(
+        "import numpy as np\n\n\nclass Early:\n"
+        "    def __len__(self):\n        return 3\n\n"
+        "    def __iter__(self):\n        return iter([np.ones((70, 4, 4, 3), 'float32')] * 2)\n\n\n"
+        "def batches():\n    return Early()\n\n\ndef none():\n    return iter(())\n"
+    )
+    assert "ended after 2 batches, although it has 3" in refused("recalibrate model.keras early_of_keras:batches")
+    assert "yields no batches" in refused("recalibrate model.keras early_of_keras:none")
+
+
 def test_folders(refused, bench):
     """A folder is a model only if it is a SavedModel, and one without a Keras model says what to do."""
     Path("empty").mkdir()
