@@ -56,6 +56,10 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
         drift = first.drift([_changed(batch, change) for batch in batches])
         if drift is not None:
             found.append(Preprocessing(name, drift, how=how))
+    moved = first.drift([_with(batch, _moved(image)) for batch, image in zip(batches, images, strict=True)])
+    if moved is not None:  # a convolution refuses one of the layouts, a dense layer behind Flatten takes both
+        name, axes = ("channels last", "1, -1") if _leads(images[0]) else ("channels first", "-1, 1")
+        found.append(Preprocessing(name, moved, how=f"images = np.moveaxis(images, {axes})"))
     return sorted(found, key=lambda one: one.drift) if len(found) > 1 else []
 
 
@@ -116,6 +120,8 @@ def _distance(layer: BatchNorm, parts: list[Any]) -> float | None:
     moments = parts[0]
     for other in parts[1:]:
         moments = moments.merge(other)
+    if moments.mean.shape != layer.stats[0].shape:  # a layer of its own make, which took what does not fit
+        return None
     drift = distance(layer.stats, (moments.mean, moments.var), layer.eps)
     return drift if np.isfinite(drift) else None
 
@@ -189,8 +195,18 @@ def _changed(batch: Any, change: Scaling) -> Any:
     values = change(_channels_last(images).astype(np.float64))
     values = np.moveaxis(values, -1, 1) if _leads(images) else values
     new = np.ascontiguousarray(values, images.dtype if images.dtype.kind == "f" else np.float32)
+    return _with(batch, new)
+
+
+def _moved(images: np.ndarray) -> np.ndarray:
+    """The images in the other layout."""
+    return np.ascontiguousarray(np.moveaxis(images, 1, -1) if _leads(images) else np.moveaxis(images, -1, 1))
+
+
+def _with(batch: Any, images: np.ndarray) -> Any:
+    """The batch with other images for its only ones."""
     if isinstance(batch, (tuple, list)):
-        return (new, *batch[1:])
+        return (images, *batch[1:])
     if isinstance(batch, Mapping):
-        return mapped(lambda value: new if getattr(value, "shape", ()) == images.shape else value, batch)
-    return new
+        return mapped(lambda value: images if getattr(value, "shape", ()) else value, batch)
+    return images
