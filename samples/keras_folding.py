@@ -45,6 +45,30 @@ def before_the_pooling() -> keras.Model:
     )
 
 
+def with_options_of_their_own() -> keras.Model:
+    """BN with initializers of its own, without scale, without shift, and over channels that come first."""
+    normal = keras.initializers.RandomNormal(0.5, 0.1, seed=0)
+    return keras.Sequential(
+        [
+            layers.Input((12, 12, 3)),
+            layers.Conv2D(8, 3),
+            layers.BatchNormalization(
+                momentum=0.9, epsilon=1e-5, beta_initializer=normal, gamma_initializer=normal, name="own"
+            ),
+            layers.ReLU(),
+            layers.Conv2D(8, 3),
+            layers.BatchNormalization(scale=False, name="no_scale"),
+            layers.Flatten(),
+            layers.Dense(6),
+            layers.BatchNormalization(center=False, name="no_shift"),
+            layers.Reshape((2, 3)),
+            layers.Permute((2, 1)),
+            layers.BatchNormalization(axis=1, name="axis_1"),
+            layers.ReLU(),
+        ]
+    )
+
+
 def three_blocks() -> keras.Model:
     """Conv, BN, ReLU, pooling three times, then a dense head with BN and dropout; images of 32 x 32 pixels."""
     parts: list[keras.Layer] = [layers.Input((32, 32, 3))]
@@ -84,6 +108,16 @@ def main() -> None:
     model.get_layer("bn1").gamma.assign([-1.0] + [1.0] * 31)
     print(f"with a negative scale in channel 0: {(folded := bntools.fold(model, images(28, 28, 1)))}")
     assert list(folded.kept) == ["bn1"]
+
+    model = with_options_of_their_own()
+    bntools.recalibrate(model, images(12, 12, 3))
+    for layer in bntools.inspect(model):
+        affine = [name for name in ("scale", "shift") if getattr(layer, name) is not None]
+        print(
+            f"  {layer.name}: axis {layer.axis}, eps {layer.eps:g}, momentum {layer.momentum:g}, {' and '.join(affine)}"
+        )
+    print(f"BN with options of their own: {(folded := bntools.fold(model, images(12, 12, 3)))}")
+    assert {"own", "no_scale", "no_shift"} <= set(folded.folded)
 
     with tempfile.TemporaryDirectory() as folder:
         for model, example in (

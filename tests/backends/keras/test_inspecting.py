@@ -167,3 +167,15 @@ def test_no_bn():
     assert bntools.inspect(model) == []
     with pytest.raises(BntoolsError, match="no BN layers"):
         bntools.recalibrate(model, [np.zeros((4, 3))])
+
+
+def test_statistics_that_are_not_finite():
+    """NaN in a moving variance, which Keras itself only shows as a bad validation, is a problem of the layer.
+
+    https://github.com/keras-team/keras/issues/17204
+    """
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    assert not any("NaN" in problem for problem in bntools.inspect(model)[0].problems)
+    model.layers[0].moving_variance.assign([1.0, np.nan, 1.0])
+    (layer,) = bntools.inspect(model)
+    assert any("NaN" in problem for problem in layer.problems), layer.problems
