@@ -116,7 +116,7 @@ def _separate(diagnosis: Diagnosis) -> Advice | None:
         f"{number(worst.look_noise)}; so {'does' if len(found) == 1 else 'do'} {len(found)} of "
         f"{len(diagnosis.domains)}. Statistics of the mixture fit none of them"
     )
-    how = "for name, part in parts.items(): bntools.recalibrate(copy.deepcopy(model), part)"
+    how = "sites = bntools.bank(model, domains)  # and later: with bntools.use(model, sites[name])"
     return Advice("separate", reason, how, {"look": worst.look, "noise": worst.look_noise, "parts": float(len(found))})
 
 

@@ -134,6 +134,9 @@ def test_domains_that_differ(images):
     found = diagnosed(mixture, domains=sites)
     assert [one.action for one in found.advice] == ["separate"]
     assert "'site_" in found.advice[0].reason
+    scope = {"bntools": bntools, "model": cd.trained(), "domains": sites}
+    exec(found.advice[0].how, scope)
+    assert set(scope["sites"]) == set(sites)
 
 
 def test_domains_that_are_alike(images):
