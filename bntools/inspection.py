@@ -10,7 +10,7 @@ from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm, Selection
 
 if TYPE_CHECKING:
-    from bntools.diagnosed import Diagnosis
+    from bntools.diagnosis.records import Diagnosis
     from bntools.measurement import Progress
 
 
@@ -72,7 +72,7 @@ def inspect(
     if batches is None:
         _check_alone(layers, forward, memory, max_samples, batch_size, histograms, domains, progress)
         return backends.of(model).layers(model)
-    from bntools.diagnosis import diagnose
+    from bntools.diagnosis.measuring import diagnose
 
     return diagnose(
         model,

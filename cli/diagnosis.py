@@ -15,7 +15,7 @@ from bntools.words import Severity, counted, number, percent, severity, shortene
 from . import output
 
 if TYPE_CHECKING:
-    from bntools.diagnosed import Diagnosis, LayerDrift
+    from bntools.diagnosis.records import Diagnosis, LayerDrift
 
 STYLES: dict[Severity, str] = {
     "noise": "dim",

@@ -16,7 +16,7 @@ from .reading import Reading, reading_options, said_when_skipped
 if TYPE_CHECKING:
     import numpy as np
 
-    from bntools.diagnosed import Diagnosis
+    from bntools.diagnosis.records import Diagnosis
     from bntools.layer import BatchNorm
 
 # What most models have in common in all layers is said once, above the table.
@@ -116,7 +116,7 @@ def _diagnose(
     quiet: bool,
 ) -> Diagnosis:
     import bntools
-    from bntools import domains
+    from bntools.diagnosis import domains
 
     parts = domains.of_folder(data, partial(_part, model, reading, batches.spec))
     with said_when_skipped(data, batches, quiet), progress.samples() as report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bntools.diagnosed import Advice, Diagnosis, Domain, LayerDrift, ModeGap, Preprocessing
+from bntools.diagnosis.records import Advice, Diagnosis, Domain, LayerDrift, ModeGap, Preprocessing
 from bntools.layer import BatchNorm, distance
 
 

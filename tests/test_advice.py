@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import bntools
-from bntools import advice, scalings
-from bntools.diagnosed import Diagnosis, Domain, LayerDrift, ModeGap
+from bntools.diagnosis import advice, scalings
+from bntools.diagnosis.records import Diagnosis, Domain, LayerDrift, ModeGap
 from bntools.layer import BatchNorm
 
 

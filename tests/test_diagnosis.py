@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import bntools
-from bntools import BntoolsError, drift
+from bntools import BntoolsError
 from bntools.course import Course
+from bntools.diagnosis import drift
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bntools
-from bntools import domains, pieces
+from bntools.diagnosis import domains, pieces
 
 
 def compared(parts, model=None, **options):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bntools
-from bntools import looks, scalings
+from bntools.diagnosis import looks, scalings
 
 SCALES = {scale.name: scale for scale in scalings.SCALES}
 USUAL = [name for name, scale in SCALES.items() if scale.usual]

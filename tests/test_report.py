@@ -17,7 +17,7 @@ from torch import nn
 import bntools
 from bntools import words
 from bntools.comparison import OutputError
-from bntools.diagnosed import Diagnosis
+from bntools.diagnosis.records import Diagnosis
 from bntools.folding import Folded
 from bntools.recalibrated import LayerChange, Recalibration
 from bntools.reports import channels, charts, rendered

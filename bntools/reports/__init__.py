@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from bntools.diagnosed import Diagnosis
+from bntools.diagnosis.records import Diagnosis
 from bntools.errors import BntoolsError
 from bntools.exporting import Exported
 from bntools.files import atomic_write

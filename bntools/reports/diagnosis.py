@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bntools import words
-from bntools.diagnosed import Advice, Diagnosis, LayerDrift
+from bntools.diagnosis.records import Advice, Diagnosis, LayerDrift
 from bntools.reports import channels, convergence, drifts, shapes, wholes
 from bntools.reports.drifts import Drift
 from bntools.reports.markup import Content, Html, joined, tag

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bntools import words
-from bntools.diagnosed import Diagnosis, LayerDrift
+from bntools.diagnosis.records import Diagnosis, LayerDrift
 from bntools.reports import charts
 from bntools.reports.markup import Html, joined, tag
 from bntools.reports.page import Section, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bntools import words
-from bntools.diagnosed import Diagnosis, Domain, ModeGap, Preprocessing
+from bntools.diagnosis.records import Diagnosis, Domain, ModeGap, Preprocessing
 from bntools.reports.bars import Bar, bars
 from bntools.reports.page import Section
 

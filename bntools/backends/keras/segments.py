@@ -75,7 +75,7 @@ class Segment:
 def segments_of(graph: Any, measured: set[int]) -> list[Segment]:
     """The segments of a functional model; ``measured`` are the BN layers to stop at, by ``id``.
 
-    They are kept, with what was traced, for the verbs that come: ``forget_changed`` drops them where they no longer hold.
+    They are kept, with what was traced, for the verbs that come: ``forget_changed`` drops what has changed.
     """
     known, key = _traced.setdefault(graph, Traced([])).segments, frozenset(measured)
     if key not in known:

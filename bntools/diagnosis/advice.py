@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bntools import domains, fit, looks, roads
-from bntools.diagnosed import Advice, Diagnosis
-from bntools.domains import CLEAR
-from bntools.fit import Fit
+from bntools.diagnosis import domains, fit, looks, roads
+from bntools.diagnosis.domains import CLEAR
+from bntools.diagnosis.fit import Fit
+from bntools.diagnosis.records import Advice, Diagnosis
+from bntools.diagnosis.roads import MATTERS
 from bntools.layer import SMALL_SHARE
-from bntools.roads import MATTERS
 from bntools.words import counted, number, percent
 
 MOSTLY = 0.5  # of the initial value still inside: more of it than of any data

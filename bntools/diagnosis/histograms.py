@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from bntools.batches import Batch, count
+from bntools.diagnosis.sampling import Sample
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, select
 from bntools.measurement import Job
 from bntools.replicas import Walker
-from bntools.sampling import Sample
 
 BINS = 64
 NARROW = 4.0  # standard deviations to either side that are always shown

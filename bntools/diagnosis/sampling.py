@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bntools.batches import Batch
+from bntools.diagnosis.pieces import sliced
 from bntools.errors import BntoolsError
-from bntools.pieces import sliced
 from bntools.resizing import to_numpy
 
 

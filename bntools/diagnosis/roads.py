@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bntools import domains
-from bntools.diagnosed import Advice, Diagnosis
-from bntools.fit import Fit
+from bntools.diagnosis import domains
+from bntools.diagnosis.fit import Fit
+from bntools.diagnosis.records import Advice, Diagnosis
 from bntools.words import counted, number, percent
 
 MATTERS = 0.15  # standard deviations of extent: on digits, 0.1 cost 0.5 % of accuracy at most, 0.2 about 2 %

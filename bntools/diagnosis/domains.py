@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntools import backends, pieces
+from bntools import backends
 from bntools.batches import Source
-from bntools.diagnosed import Domain
-from bntools.pieces import Deviation, Piece
+from bntools.diagnosis import pieces
+from bntools.diagnosis.pieces import Deviation, Piece
+from bntools.diagnosis.records import Domain
 
 if TYPE_CHECKING:
     from bntools.data import Data

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bntools.diagnosed import LayerDrift
+from bntools.diagnosis.records import LayerDrift
 
 CAP = 10.0  # standard deviations: beyond, a channel is off altogether, and must not hide all the others
 

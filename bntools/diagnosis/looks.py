@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from bntools import backends, scalings
+from bntools import backends
 from bntools.batches import Batch, count
-from bntools.diagnosed import Preprocessing
+from bntools.diagnosis import scalings
+from bntools.diagnosis.pieces import sliced
+from bntools.diagnosis.records import Preprocessing
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, distance
-from bntools.pieces import sliced
 from bntools.replicas import Walker
 from bntools.resizing import mapped, to_numpy
 

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from bntools import advice, backends, domains, drift, histograms, looks, outputs
+from bntools import backends
 from bntools.batches import Source
 from bntools.course import convergence, standard_error
-from bntools.diagnosed import Diagnosis, LayerDrift, ModeGap
+from bntools.diagnosis import advice, domains, drift, histograms, looks, outputs
+from bntools.diagnosis.records import Diagnosis, LayerDrift, ModeGap
+from bntools.diagnosis.sampling import Sample, sampled
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection
 from bntools.measurement import Job, Progress, check_positive, exact, targets
 from bntools.replicas import Measured
-from bntools.sampling import Sample, sampled
 
 SAMPLES = 256  # on which outputs are compared
 AT_ONCE = 8  # times the largest layer's input is about what one forward pass holds

@@ -9,14 +9,14 @@ import numpy as np
 
 from bntools.batches import Batch, count
 from bntools.comparison import Comparison, error
-from bntools.diagnosed import ModeGap
+from bntools.diagnosis.records import ModeGap
+from bntools.diagnosis.sampling import Sample
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import Stats
 from bntools.measurement import Job
 from bntools.replicas import Walker
 from bntools.runner import Outputs
-from bntools.sampling import Sample
 
 SIZES = (1, 2, 8, 32)
 RUNS = 16  # batches of one size at the most: a run costs as much for one sample as for a few
