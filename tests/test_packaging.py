@@ -76,6 +76,8 @@ def test_only_back_ends_import_frameworks():
     """No module but a back end's own, and the callbacks that are classes of a framework, imports that framework."""
     owners = {"torch": "torch", "torchvision": "torch", "onnx": "onnx", "onnxruntime": "onnx", "keras": "keras"}
     owners |= {"tensorflow": "keras", "tf2onnx": "keras"}
+    # where Keras runs on PyTorch, its exporter is PyTorch's, whose file is named there
+    may = {"bntools/backends/keras/scripted.py imports torch", "bntools/backends/keras/scripted.py imports onnx"}
     wrong = []
     for name in tracked():
         if not name.startswith(("bntools/", "cli/")) or not name.endswith(".py"):
@@ -85,7 +87,7 @@ def test_only_back_ends_import_frameworks():
             homes = (f"bntools/backends/{owner}/", f"bntools/callbacks/{owner}.py")
             if owner is not None and not name.startswith(homes):
                 wrong.append(f"{name} imports {module}")
-    assert wrong == []
+    assert set(wrong) == may
 
 
 def imported(path: Path) -> set[str]:
