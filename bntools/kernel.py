@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -82,20 +83,21 @@ def _column_sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:
     head = count // beside * beside
     wide = rows[:head].reshape(-1, beside * channels)
     centre = None if about is None else np.tile(about, beside)
-    blocks = [slice(start, start + ROWS) for start in range(0, len(wide), ROWS)]
 
-    def measure(block: slice) -> Sums:
-        values = wide[block] if centre is None else wide[block] - centre
-        return np.einsum("ij->j", values), np.einsum("ij,ij->j", values, values)
+    def measure(share: range) -> np.ndarray:
+        totals = np.zeros((2, channels))
+        for start in share:
+            block = wide[start : start + ROWS]
+            values = block if centre is None else block - centre
+            sums = np.einsum("ij->j", values), np.einsum("ij,ij->j", values, values)
+            totals += np.asarray(sums, np.float64).reshape(2, beside, channels).sum(1)
+        return totals
 
-    several = len(blocks) > 1 and rows.size > PIECE and _threads() > 1
-    measured: Iterable[Sums] = _pool(os.getpid()).map(measure, blocks) if several else map(measure, blocks)
-    totals = np.zeros((2, channels))
-    for sums in measured:
-        totals += np.asarray(sums, np.float64).reshape(2, beside, channels).sum(1)
+    starts = range(0, len(wide), ROWS)
+    shares = _threads() if rows.size > PIECE else 1
+    totals = np.sum(_each(measure, [starts[i::shares] for i in range(shares)]), axis=0)
     if head < count:
-        rest = _column_sums(rows[head:], about)
-        totals += rest
+        totals += _column_sums(rows[head:], about)
     return totals[0], totals[1]
 
 
@@ -114,8 +116,7 @@ def _sums(rows: np.ndarray, about: np.ndarray | None) -> Sums:
     shares = _threads() if rows.size > PIECE else 1
     edges = np.linspace(0, len(rows), shares + 1).astype(int)
     ranges = [range(a, b) for a, b in pairwise(edges.tolist())]
-    measured: Iterable[list[Sums]] = map(measure, ranges) if shares == 1 else _pool(os.getpid()).map(measure, ranges)
-    sums, squares = zip(*chain.from_iterable(measured), strict=True)
+    sums, squares = zip(*chain.from_iterable(_each(measure, ranges)), strict=True)
     return np.concatenate(sums), np.concatenate(squares)
 
 
@@ -127,6 +128,11 @@ def _of_rows(rows: np.ndarray, about: np.ndarray | None) -> Sums:
         sums += np.einsum("ij->i", values)
         squares += np.einsum("ij,ij->i", values, values)
     return sums, squares
+
+
+def _each(measure: Callable[[range], Any], shares: list[range]) -> list[Any]:
+    """What each share of the work gives, in threads where there are several."""
+    return list(map(measure, shares) if len(shares) == 1 else _pool(os.getpid()).map(measure, shares))
 
 
 def _threads() -> int:

@@ -45,15 +45,19 @@ class Job:
         """The back end's ``measuring`` on this model."""
         return self.backend.measuring(self.model, list(names), forward=self.forward, **options)
 
-    def store(self, name: str, moments: Moments, samples: int, updates: int | None = None) -> None:
-        """Store what was measured of a layer, blended with the prior."""
-        moments = moments.numpy().blend(Moments.from_variance(1, *self.before[name].stats), samples, self.prior)
-        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()):
-            raise BntoolsError(
-                f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers that "
-                f"are not finite: choose a smaller prior"
-            )
-        self.backend.write(self.model, {name: (moments.mean, moments.var, updates)})
+    def store(self, measured: Mapping[str, Moments], samples: int, updates: Mapping[str, int] | None = None) -> None:
+        """Store what was measured of layers, blended with the prior; ``updates`` to store as well, or None."""
+        new = {}
+        for name, moments in measured.items():
+            stored = Moments.from_variance(1, *self.before[name].stats)
+            blend = moments.numpy().blend(stored, samples, self.prior)
+            if not (np.isfinite(blend.mean).all() and np.isfinite(blend.var).all()):
+                raise BntoolsError(
+                    f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers "
+                    f"that are not finite: choose a smaller prior"
+                )
+            new[name] = (blend.mean, blend.var, None if updates is None else updates[name])
+        self.backend.write(self.model, new)
 
     def stds(self, measured: Measured) -> dict[str, np.ndarray]:
         """The standard deviations that were measured of each layer's channels, eps included."""
@@ -93,7 +97,7 @@ def exact(
         # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
         moments = moments.merge(total.moments[name]) if name in total.moments else moments
         if moments.count > 1:
-            job.store(name, moments, total.samples + samples)
+            job.store({name: moments}, total.samples + samples)
 
     per_sample = per_sample or tolerance is not None
     with job.measuring(job.before, per_sample=per_sample, memory=job.memory, waiting=True) as start:

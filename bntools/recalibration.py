@@ -127,11 +127,11 @@ def _finish(job: Job, measured: Measured, write: bool) -> dict[str, str]:
                 f"layer {name!r} saw a single value per channel in all of the data, from which no variance can be "
                 f"taken: give at least two samples"
             )
-        if write:
-            # One update a sample, at least so many that inspect does not take the initial value to be inside:
-            # a counter that does not depend on the size of the batches.
-            updates = max(measured.samples, job.before[name].forgets_after)
-            job.store(name, moments, measured.samples, updates)
+    if write:
+        # One update a sample, at least so many that inspect does not take the initial value to be inside:
+        # a counter that does not depend on the size of the batches.
+        updates = {name: max(measured.samples, job.before[name].forgets_after) for name in measured.moments}
+        job.store(measured.moments, measured.samples, updates)
     return {name: "never reached in a forward pass" for name in job.before if name not in measured.moments}
 
 

@@ -42,7 +42,7 @@ def _at(model: keras.Model, images: np.ndarray, size: int) -> Iterator[Row]:
             "predict": lambda: model.predict(images, batch_size=size, verbose=0),
             "epoch": lambda: [step(batch) for batch in tensors],
         },
-        rounds=3,
+        rounds=7,
     )
     what = f"Keras, ResNet-50, {SAMPLES} images of 128 px, micro-batch {size}: exact recalibration"
     rate = f"{SAMPLES / times['predict']:.0f}/s"

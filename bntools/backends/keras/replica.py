@@ -192,7 +192,8 @@ def _bytes(value: Any) -> int:
     """The size of a tensor that holds numbers; 0 for anything else."""
     if isinstance(value, np.ndarray):
         return value.nbytes
-    if not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
+    # asked first: whether something is a tensor takes Keras long to deny
+    if not hasattr(value, "dtype") or not keras.ops.is_tensor(value) or isinstance(value, keras.KerasTensor):
         return 0
     try:
         width = np.dtype(keras.backend.standardize_dtype(value.dtype)).itemsize
