@@ -1,6 +1,6 @@
-"""Makes docs/report.png and docs/report-dark.png: the top of the page that samples/report.py writes.
+"""Makes samples/report.png and samples/report-dark.png: the top of the page that samples/report.py writes.
 
-python docs/picture.py    needs chromium, chromedriver, selenium and Pillow
+python tests/picture.py    needs chromium, chromedriver, selenium and Pillow
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from selenium import webdriver
 
-HERE = Path(__file__).parent
+SAMPLES = Path(__file__).parent.parent / "samples"
 WIDTH = 1000
 LAST = "channels"  # the section that the picture ends with
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -23,13 +23,13 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --d
 def main() -> None:
     """Write the pictures, in a palette of 128 colours to keep them small."""
     with tempfile.TemporaryDirectory() as place:
-        runpy.run_path(str(HERE.parent / "samples" / "report.py"))["main"](Path(place))
+        runpy.run_path(str(SAMPLES / "report.py"))["main"](Path(place))
         driver = browser(Path(place))
         try:
             for scheme, name in (("light", "report.png"), ("dark", "report-dark.png")):
                 shot = shown(driver, Path(place) / "report.html", scheme)
-                shot.quantize(128, dither=Image.Dither.NONE).save(HERE / name, optimize=True)
-                print(f"{name}: {shot.size}, {(HERE / name).stat().st_size / 1024:.0f} KiB")
+                shot.quantize(128, dither=Image.Dither.NONE).save(SAMPLES / name, optimize=True)
+                print(f"{name}: {shot.size}, {(SAMPLES / name).stat().st_size / 1024:.0f} KiB")
         finally:
             driver.quit()
 
