@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -15,71 +16,88 @@ from bntools.cli import COMMANDS, Commands, main
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "rich", "PIL", "greenlet", "keras", "tensorflow")
 
 
-def imported_by(*arguments: str) -> tuple[int, set[str]]:
-    """Exit status of a command line in a fresh process, and which of the heavy modules it imported."""
-    code = (
-        "import sys\n"
-        f"sys.argv = ['bntools', *{list(arguments)!r}]\n"
-        "from bntools.cli import main\n"
-        "try: main(prog_name='bntools')\n"
-        f"finally: print('imported:', *[name for name in {HEAVY!r} if name in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.returncode, set(done.stdout.splitlines()[-1].split()[1:])
+# Each line of stdin is a command line, in a process of its own that starts as this one is after the import.
+FORKED = f"""
+import os, shlex, sys
+from bntools.cli import main
+for line in sys.stdin.read().splitlines():
+    if child := os.fork():
+        print("ended:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    sys.argv = ["bntools", *shlex.split(line)]
+    try: main(prog_name="bntools")
+    finally: print("imported:", *[name for name in {HEAVY!r} if name in sys.modules])
+"""
+HELP = ("--help", *(f"{command} --help" for command in COMMANDS))
+USAGE_ERRORS = [
+    "nonsense",
+    "inspect",
+    "inspect model.pt --nonsense",
+    "recalibrate model.pt data --memory lots",
+    "recalibrate model.pt data --mean 0.5",
+    "recalibrate model.pt data -o out.pt --in-place",
+    "recalibrate model.pt data --size 1,2,3",
+    "recalibrate model.pt data --size 9999999999",
+    "recalibrate model.pt data --seed -1",
+    "recalibrate model.pt data --prior nan",
+    "recalibrate model.pt data --prior inf",
+    "recalibrate model.pt data --tolerance nan",
+    "recalibrate model.pt data --mean nan --std 1",
+    "recalibrate model.pt data --mean 0 --std inf",
+    "reset model.pt -o out.pt --in-place",
+    "fold model.pt",
+    "fold model.pt -o out.pt --export out.onnx",
+    "fold model.pt -o out.onnx",
+    "fold model.pt --export out.pt",
+    "verify a.onnx b.onnx --provider cuda:use_tf32",
+    "verify a.onnx b.onnx --provider :use_tf32=1",
+    "export model.pt out.onnx --shape 1,a",
+    "verify model.pt",
+    "demo --camera nonsense",
+]
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_imports_nothing_heavy(command):
+def imported_by(*lines: str) -> list[tuple[int, set[str]]]:
+    """Exit status of each command line in a fresh process, and which of the heavy modules it imported."""
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    said = [line.split() for line in done.stdout.splitlines() if line.startswith(("imported:", "ended:"))]
+    imported, ended = said[::2], said[1::2]
+    assert [words[0] for words in said] == ["imported:", "ended:"] * len(lines), done.stdout + done.stderr
+    return [(int(status), set(names)) for (_, *names), (_, status) in zip(imported, ended, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def light() -> dict[str, tuple[int, set[str]]]:
+    """What became of every command line that has to load nothing."""
+    lines = (*HELP, *USAGE_ERRORS)
+    return dict(zip(lines, imported_by(*lines), strict=True))
+
+
+@pytest.mark.parametrize("line", HELP)
+def test_help_imports_nothing_heavy(light, line):
     """Help of bntools and of each command loads neither a framework nor NumPy nor rich."""
-    arguments = ["--help"] if command is None else [command, "--help"]
-    assert imported_by(*arguments) == (0, set())
+    assert light[line] == (0, set())
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "nonsense",
-        "inspect",
-        "inspect model.pt --nonsense",
-        "recalibrate model.pt data --memory lots",
-        "recalibrate model.pt data --mean 0.5",
-        "recalibrate model.pt data -o out.pt --in-place",
-        "recalibrate model.pt data --size 1,2,3",
-        "recalibrate model.pt data --size 9999999999",
-        "recalibrate model.pt data --seed -1",
-        "recalibrate model.pt data --prior nan",
-        "recalibrate model.pt data --prior inf",
-        "recalibrate model.pt data --tolerance nan",
-        "recalibrate model.pt data --mean nan --std 1",
-        "recalibrate model.pt data --mean 0 --std inf",
-        "reset model.pt -o out.pt --in-place",
-        "fold model.pt",
-        "fold model.pt -o out.pt --export out.onnx",
-        "fold model.pt -o out.onnx",
-        "fold model.pt --export out.pt",
-        "verify a.onnx b.onnx --provider cuda:use_tf32",
-        "verify a.onnx b.onnx --provider :use_tf32=1",
-        "export model.pt out.onnx --shape 1,a",
-        "verify model.pt",
-        "demo --camera nonsense",
-    ],
-)
-def test_usage_errors_import_nothing_heavy(line):
+@pytest.mark.parametrize("line", USAGE_ERRORS)
+def test_usage_errors_import_nothing_heavy(light, line):
     """A usage error exits with 2 before a framework, NumPy or rich is loaded."""
-    assert imported_by(*line.split()) == (2, set())
+    assert light[line] == (2, set())
 
 
 def test_refused_output_imports_no_framework(tmp_path):
     """An output that exists is refused before any framework is loaded."""
     (tmp_path / "model.pt").write_bytes(b"model")
     (tmp_path / "model.reset.pt").write_bytes(b"earlier")
-    assert imported_by("reset", str(tmp_path / "model.pt")) == (1, set())
+    assert imported_by(shlex.join(["reset", str(tmp_path / "model.pt")])) == [(1, set())]
 
 
 def test_the_check_for_heavy_imports_can_fail(tmp_path):
     """A command that reads a file is seen to load a framework."""
     (tmp_path / "model.pt").write_bytes(b"no model")
-    assert {"torch", "numpy"} <= imported_by("inspect", str(tmp_path / "model.pt"))[1]
+    ((_, names),) = imported_by(shlex.join(["inspect", str(tmp_path / "model.pt")]))
+    assert {"torch", "numpy"} <= names
 
 
 def test_module_runs_like_the_script():
