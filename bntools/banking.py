@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bntools import backends, files
+from bntools import files
 from bntools.errors import BntoolsError
 from bntools.layer import Selection
 from bntools.recalibrated import Recalibration
@@ -61,7 +61,7 @@ def bank(
         raise BntoolsError("found no domains: expected batches by the name of each")
     if isinstance(model, (str, Path)):
         model = files.working(model)  # its file is not to be written and put back for each
-    bank, counters = Bank({}, {}), backends.counters(model)
+    bank = Bank({}, {})
     for name, batches in domains.items():
         try:
             result = recalibrate(
@@ -80,7 +80,6 @@ def bank(
                 bank.statistics[name] = statistics(model, samples=result.samples, note=f"domain {name}")
             finally:
                 result.undo()
-                counters()
         except BntoolsError as error:
             raise BntoolsError(f"{name}: {error}") from error
         bank.results[name] = result

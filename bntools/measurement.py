@@ -26,7 +26,10 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass
 class Job:
-    """The model, the layers to measure as they were, and how to write and undo."""
+    """The model, the layers to measure as they were, and how to write and undo.
+
+    ``counters`` puts back, after the statistics, counts of updates that the model itself does not hold.
+    """
 
     backend: ModuleType
     model: Any
@@ -36,6 +39,7 @@ class Job:
     progress: Progress
     memory: float
     samples: int | None
+    counters: Callable[[], None] = lambda: None
 
     def report(self, what: str, samples: int) -> None:
         """Tell how far it is."""
@@ -67,6 +71,7 @@ class Job:
     def restore(self) -> None:
         """Write the statistics as they were."""
         self.backend.write(self.model, {name: (*layer.stats, layer.updates) for name, layer in self.before.items()})
+        self.counters()
 
     def put_back(self) -> None:
         """Write the statistics as they were; the counters of updates were left alone."""

@@ -80,6 +80,7 @@ def recalibrate(
         progress=progress or (lambda *_: None),
         memory=backend.free_memory(model) / 2 if memory is None else memory,
         samples=getattr(batches, "samples", None),
+        counters=backends.counters(model),
     )
     try:
         measured, passes, error = _measured(job, method, Source(batches, max_samples), tolerance)
