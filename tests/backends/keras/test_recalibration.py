@@ -137,6 +137,7 @@ def test_undo():
     result = bntools.recalibrate(model, [data[:20], data[20:]])
     assert result.residual < 1e-5
     result.undo()
+    assert bntools.inspect(model)[0].updates is None, "as before: the model is not compiled, and nobody counts"
     assert all(np.array_equal(np.array(w), value) for w, value in zip(model.variables, before, strict=True))
 
 
