@@ -268,16 +268,16 @@ def test_domains_are_compared():
 
 
 class Counting(nn.Module):
-    """Counts its forward passes, and raises from one of them on."""
+    """Counts its forward passes, and raises from one of them on, or there once."""
 
     def __init__(self, model, error=KeyboardInterrupt, at=None):
         super().__init__()
         self.model = model
-        self.log, self.error, self.at = Log(), error, at
+        self.log, self.error, self.at, self.once = Log(), error, at, False
 
     def forward(self, x):
         self.log.calls += 1
-        if self.at is not None and self.log.calls >= self.at:
+        if self.at is not None and (self.log.calls == self.at if self.once else self.log.calls >= self.at):
             raise self.error("now")
         return self.model(x)
 
@@ -307,6 +307,20 @@ def test_nothing_changes(error):
             assert error is ValueError
             assert at > 4  # what follows the measurement itself is left out with a note
         assert_unchanged(model, before)
+
+
+def test_one_failure_spoils_no_other_figure():
+    """Where the model fails once, what needed that pass is left out; all else is measured as without the failure."""
+    model = Counting(cnn(), ValueError)
+    model.model[4].running_mean += 2
+    batches = images(16).split(8)
+    whole = bntools.inspect(model, batches)
+    for at in range(3, 9):
+        model.log.calls, model.at, model.once = 0, at, True
+        found = bntools.inspect(model, batches)
+        assert any("eval and train mode were not compared" in note for note in found.notes) or at == 3
+        assert found.halves == whole.halves
+        assert found.preprocessing == whole.preprocessing
 
 
 def test_bad_data():

@@ -114,7 +114,7 @@ def shares(job: Job, sample: Sample, measured: Mapping[str, Stats], ranked: Sequ
 
     Each is given its measured statistics alone; the share is by how much the root mean square distance to the
     outputs with all measured statistics falls. It is negative for a layer that makes matters worse by itself. The
-    model has its stored statistics before and after. Empty where nothing changes, or it is not finite.
+    model has its stored statistics before and after, also where it raises. Empty where nothing changes, or it is not finite.
     """
     batches = sample.taken(SHOWN)
     stored = {name: job.before[name].stats for name in measured}
@@ -124,15 +124,19 @@ def shares(job: Job, sample: Sample, measured: Mapping[str, Stats], ranked: Sequ
             _write(job, stats)
             return _stacked([run(start, batch) for batch in batches])
 
-        whole = given(measured)
-        total, scale = _apart(given(stored), whole), _apart({}, whole)
-        if not np.isfinite(total) or total <= SAME * scale:
-            return {}
-        found = {}
-        for name in ranked[:RANKED]:
-            found[name] = 1 - _apart(given({name: measured[name]}), whole) / total
-            _write(job, {name: stored[name]})
-    return found
+        try:
+            whole = given(measured)
+            total, scale = _apart(given(stored), whole), _apart({}, whole)
+            if not np.isfinite(total) or total <= SAME * scale:
+                return {}
+            found = {}
+            for name in ranked[:RANKED]:
+                found[name] = 1 - _apart(given({name: measured[name]}), whole) / total
+                _write(job, {name: stored[name]})
+            return found
+        finally:  # also where the model raises: what is measured next is measured with the stored statistics
+            with uninterrupted():
+                _write(job, stored)
 
 
 def _write(job: Job, stats: Mapping[str, Stats]) -> None:
