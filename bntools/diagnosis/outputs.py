@@ -114,7 +114,8 @@ def shares(job: Job, sample: Sample, measured: Mapping[str, Stats], ranked: Sequ
 
     Each is given its measured statistics alone; the share is by how much the root mean square distance to the
     outputs with all measured statistics falls. It is negative for a layer that makes matters worse by itself. The
-    model has its stored statistics before and after, also where it raises. Empty where nothing changes, or it is not finite.
+    model has its stored statistics before and after, also where it raises. Empty where nothing changes, or it is not
+    finite.
     """
     batches = sample.taken(SHOWN)
     stored = {name: job.before[name].stats for name in measured}
