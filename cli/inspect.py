@@ -85,15 +85,13 @@ def command(
 
 
 def _ends(model: Any, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """The first and the last of the layers, by name."""
+    """The first and the last of the layers that can be measured, by name."""
     import bntools
     from bntools import backends
-    from bntools.layer import select
+    from bntools.measurement import targets
 
-    found = [
-        layer for layer in select(bntools.inspect(model), layers or None, backends.absence(model)) if layer.tracked
-    ]
-    return tuple(dict.fromkeys(layer.name for layer in (*found[:1], *found[-1:])))
+    measured, _ = targets(bntools.inspect(model), layers or None, backends.absence(model), frozen=True)
+    return tuple(dict.fromkeys((measured[0], measured[-1])))
 
 
 def _refuse_without_data(

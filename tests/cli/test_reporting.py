@@ -36,6 +36,15 @@ def test_each_command_writes_its_report(run, desk):
         assert f"bntools {line}" in Path(line.split()[-1]).read_text()
 
 
+def test_a_report_of_layers_that_cannot_all_be_measured(run, desk):
+    """Without --histogram a report shows what arrives at layers that are measured, whatever others there are."""
+    model = torch.nn.Sequential(torch.nn.InstanceNorm2d(1, track_running_stats=True), torch.nn.BatchNorm2d(1))
+    torch.save(model, "mixed.pt")
+    outcome = run("inspect mixed.pt data --max-samples 12 --html mixed.html")
+    assert outcome.status == 0, outcome.err
+    assert "Histogram of what 1 receives" in Path("mixed.html").read_text()
+
+
 def test_json_stays_one_document(run, desk):
     """With --json the report is written too, and stdout holds nothing else than JSON."""
     assert json.loads(run("verify model.pt model.pt --shape 1,8,8 --html d.html --json").out)["passed"]
