@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,8 @@ from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm
 
 PACKAGES = {"torch": ("torch",), "keras": ("keras", "tensorflow"), "onnx": ("onnx",)}
+MOST = 1 << 62  # of what is counted
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # what steers a terminal, or is no text
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,8 @@ class Statistics:
     which these were measured. ``samples`` is the number they were measured on, None if nobody said; ``date`` is that
     of taking them, in UTC, ``versions`` those of bntools and the framework.
 
-    Raises BntoolsError, when made, for numbers that are not finite, a negative variance, and shapes that disagree.
+    Raises BntoolsError, when made, for numbers that are not finite, a negative variance, shapes that disagree, control
+    characters in a text, and a number of samples that is none.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -69,6 +74,7 @@ class Statistics:
             )
         for layer in self.layers:
             _check(layer)
+        _check_description(self)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -111,7 +117,7 @@ def statistics(model: Any, *, samples: int | None = None, note: str = "") -> Sta
         layers=tuple(_taken(layer) for layer in found),
         framework=framework(backend),
         weights=backend.digest(model),
-        samples=samples,
+        samples=int(samples) if isinstance(samples, Integral) else samples,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(framework(backend)),
         note=note,
@@ -169,6 +175,21 @@ def _check(layer: LayerStatistics) -> None:
                 f"layer {layer.name!r}: found {what} in {bad.sum()} of {bad.size} channels (first: "
                 f"{int(bad.argmax())}); recalibrate the model before its statistics are taken"
             )
+
+
+def _check_description(stats: Statistics) -> None:
+    named = [text for layer in stats.layers for text in (layer.name, layer.affine)]
+    versions = [*stats.versions, *stats.versions.values()]
+    for text in (stats.framework, stats.weights, stats.date, stats.note, *versions, *named):
+        if not isinstance(text, str) or UNPRINTABLE.search(text):
+            raise BntoolsError(f"found {text!r} in what describes the statistics, expected text without control codes")
+    if stats.samples is not None and not is_count(stats.samples):
+        raise BntoolsError(f"found samples={stats.samples!r}, expected a whole number, 0 or more, or None")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of things that is written to a file, and read from one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def _versions(framework: str) -> dict[str, str]:

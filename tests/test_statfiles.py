@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_float64_stays_exact(tmp_path):
     assert safetensors.numpy.load_file(tmp_path / "s.safetensors")["bn.running_var"].dtype == np.float32
 
 
+def test_what_could_not_be_read_is_not_written():
+    """A number of samples that is none is refused where the statistics are taken; a NumPy integer is one."""
+    assert type(bntools.statistics(cnn(), samples=np.int64(5)).samples) is int
+    for wrong in (-1, 2.5):
+        with pytest.raises(bntools.BntoolsError, match="found samples="):
+            bntools.statistics(cnn(), samples=wrong)
+    with pytest.raises(bntools.BntoolsError, match=r"found '\\x1b\[2J'"):
+        bntools.statistics(cnn(), note="\x1b[2J")
+
+
 def test_every_truncation_is_refused(written):
     """A file cut off anywhere is refused as one line that names it."""
     path, data = written
@@ -93,7 +104,10 @@ def test_no_damaged_byte_surfaces_as_anything_else(written):
         (lambda h, f: f["layers"][0].update(eps=-1), "other types"),
         (lambda h, f: f["layers"][0].update(updates="many"), "other types"),
         (lambda h, f: f.update(format=2), "in format 2"),
-        (lambda h, f: f.update(samples=-1), "other types"),
+        (lambda h, f: f["layers"][0].update(eps=1e300), "other types"),
+        (lambda h, f: f.update(samples=-1), "found samples=-1"),
+        (lambda h, f: f.update(note="\x1b[2J"), r"found '\\x1b\[2J'"),
+        (lambda h, f: f["versions"].update({"torch": "\ud800"}), r"found '\\ud800'"),
         (lambda h, f: f.update(versions=[]), "damaged"),
         (lambda h, f: f.pop("weights"), "it lacks 'weights'"),
     ],
@@ -132,6 +146,9 @@ def test_other_files_are_refused(written, tmp_path):
             place.write_bytes(content)
         with pytest.raises(bntools.BntoolsError, match=message):
             bntools.load_stats(place)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(bntools.BntoolsError, match="is a device or a pipe"):
+        bntools.load_stats(tmp_path / "pipe.safetensors")
     with pytest.raises(bntools.BntoolsError, match="expected that suffix"):
         bntools.save_stats(cnn(), tmp_path / "site.pt")
     with pytest.raises(bntools.BntoolsError, match="found a dict where statistics were expected"):
