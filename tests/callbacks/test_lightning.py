@@ -5,6 +5,7 @@ import warnings
 from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import shim  # noqa: F401
 import torch
@@ -207,13 +208,60 @@ def test_the_monitor_writes_to_the_loggers(tmp_path):
     assert torch.equal(plain.net[1].running_mean, model.net[1].running_mean)
 
 
-def test_processes_that_disagree_are_told(monkeypatch):
-    """Each rank measures; different statistics on two of them are an error on both."""
+def ranks(monkeypatch, others):
+    """As if there were a second process, which hands in ``others(value)`` first."""
     from bntools.backends import torch as backend
 
-    monkeypatch.setattr(backend, "on_all_ranks", lambda value: [value, "another"])
-    with pytest.raises(BntoolsError, match="the 2 processes have measured different statistics"):
-        fit(module(), RecalibrateBatchNorm(BATCHES))
+    asked = []
+    monkeypatch.setattr(backend, "on_all_ranks", lambda value: asked.append(value) or [others(value), value])
+    return asked
+
+
+def recalibrator(batches, **options):
+    """What the callback calls, without a training."""
+    return RecalibrateBatchNorm(batches, **options)._recalibrate
+
+
+def test_processes_that_disagree_are_told(monkeypatch):
+    """Different statistics on two ranks, or a failure of one, are an error on both, and nothing has changed."""
+    for others, message in (
+        (lambda value: {name: (mean + 1, var) for name, (mean, var) in value.items()}, "the 2 processes have measured"),
+        (lambda value: {"another": value["net.1"]}, "the 2 processes have measured"),
+        (lambda value: None, "failed on process 0 of 2"),
+    ):
+        model = module()
+        ranks(monkeypatch, others)
+        with pytest.raises(BntoolsError, match=message):
+            recalibrator(BATCHES)(model)
+        assert (model.net[1].running_mean == 0).all()
+
+
+def test_processes_take_the_statistics_of_the_first(monkeypatch):
+    """What differs by rounding is no error, and then the same; only layers that were measured are compared."""
+    model = module()
+    model.net[3] = nn.BatchNorm1d(3)
+    asked = ranks(monkeypatch, lambda value: {name: (mean + 1e-5, var) for name, (mean, var) in value.items()})
+    recalibrator(BATCHES, layers="net.1")(model)
+    measured = asked[0]["net.1"][0]
+    assert [list(value) for value in asked] == [["net.1"]]
+    assert np.array_equal(model.net[1].running_mean.numpy(), np.float32(measured + 1e-5))
+
+
+def test_processes_weigh_the_statistics_of_the_first_with_prior(monkeypatch):
+    """In training each process has statistics of its own: a prior is those of the first on all of them."""
+    model = module()
+    asked = ranks(monkeypatch, lambda value: value if len(asked) > 1 else {"net.1": (np.full(3, 6.0), np.ones(3))})
+    result = recalibrator(BATCHES, prior=10**9)
+    result(model)
+    assert (model.net[1].running_mean > 5.9).all()
+
+
+def test_a_process_that_fails_tells_the_others(monkeypatch):
+    """They wait for what it has measured."""
+    asked = ranks(monkeypatch, lambda value: value)
+    with pytest.raises(BntoolsError, match="NaN or Inf"):
+        recalibrator([(X * torch.nan,)])(module())
+    assert asked == [None]
 
 
 def test_a_process_hears_from_all():
