@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from bntools.moments import Moments
 
+GOALS = (0.05, 0.01)  # standard errors, in standard deviations, for which the samples needed are said
 FIRST = 2  # samples: one alone has no standard error
 
 
@@ -67,7 +69,16 @@ def convergence(courses: Mapping[str, Course], stds: Mapping[str, np.ndarray], s
 
 def standard_error(moments: Moments, std: np.ndarray) -> float:
     """The standard error of the mean over samples, of the channel where it is largest, in ``std``."""
-    return largest(moments.standard_error() / std)
+    errors = moments.standard_error()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return largest(np.where(errors == 0, 0.0, errors / std))  # 0 / 0 in a dead channel with eps=0
+
+
+def needed(samples: int, error: float, target: float) -> int:
+    """How many samples bring a standard error, which so many had, down to a target: to two digits, rounded up."""
+    wanted = max(2.0, samples * (error / target) ** 2)
+    unit = 10 ** max(0, math.floor(math.log10(wanted)) - 1)
+    return math.ceil(wanted / unit) * unit
 
 
 def largest(values: Iterable[float]) -> float:

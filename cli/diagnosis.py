@@ -68,6 +68,7 @@ def _figures(layer: LayerDrift) -> dict[str, Any]:
         "name": layer.name,
         "drift": layer.drift,
         "standard_error": layer.standard_error,
+        "remaining_error": layer.remaining_error,
         "gap": layer.gap,
         "calls": layer.calls,
         "call_gap": layer.call_gap,

@@ -21,7 +21,7 @@ def layer(name: str, features: int = 8, shift: float = 0.5, seed: int = 0, **cha
     measured = mean + std * moves
     kl = moves**2 / 2
     drift = distance((mean, var), (measured, var), 1e-5)
-    fields = {"standard_error": 0.01, **changes}
+    fields = {"standard_error": 0.01, "remaining_error": 0.01, **changes}
     return LayerDrift(stored, measured, var, drift, moves, np.ones(features), kl, **fields)
 
 

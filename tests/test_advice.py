@@ -16,6 +16,7 @@ import bntools
 from bntools.diagnosis import advice, scalings
 from bntools.diagnosis.records import Diagnosis, Domain, LayerDrift, ModeGap
 from bntools.layer import BatchNorm
+from bntools.reports import rendered
 
 
 def diagnosed(images, model=None, **options):
@@ -95,8 +96,17 @@ def test_samples_that_are_enough():
     needed = int(first(diagnosed(seen)).figures["samples_5_percent"])
     assert needed < len(seen)
     layers = diagnosed(seen[:needed]).layers
-    left = max(one.standard_error / float(np.median(one.std_ratio)) for one in layers)
+    left = max(one.remaining_error for one in layers)
     assert left == pytest.approx(0.05, rel=0.3)
+
+
+def test_the_page_needs_as_many_samples(images):
+    """The report's curve and the advice tell the same number of samples, those of exact recalibration's tolerance."""
+    found = diagnosed(dim(images))
+    enough = int(first(found).figures["samples_1_percent"])
+    assert f"0.01 std would take about {enough:,}" in rendered(found)
+    result = bntools.recalibrate(deepcopy(cd.trained()), cd.batches(dim(images)), tolerance=1e-9, check=False)
+    assert found.convergence == pytest.approx(np.array(result.convergence))
 
 
 def test_few_samples_of_another_camera(images):
@@ -292,7 +302,7 @@ def layer(shift=0.0, ratio=1.0, error=0.01, channels=8, **options):
     zero, one = np.zeros(channels), np.ones(channels)
     record = BatchNorm("bn", "BatchNorm2d", channels, 1, 0.0, 0.1, zero, one, one, zero, 100, False, False)
     shift, ratio = zero + shift, zero + ratio
-    return LayerDrift(record, shift, ratio**2, 0.0, shift, ratio, zero, error, **options)
+    return LayerDrift(record, shift, ratio**2, 0.0, shift, ratio, zero, error, remaining_error=error, **options)
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,23 @@ def test_a_course_does_not_depend_on_the_batches(sizes):
         np.testing.assert_allclose(point.standard_error(), first.std(0, ddof=1) / np.sqrt(len(first)))
 
 
+def test_standard_error_of_a_layer_that_is_called_twice():
+    """A second call on the same values teaches nothing of the mean; channels that never vary are known exactly."""
+    x = rows()
+    x[:, 2] = 0
+    once, twice = nn.Sequential(nn.BatchNorm1d(3, eps=0)), models.Shared()
+    (one,) = bntools.inspect(once, [x], alternatives=False)
+    assert one.remaining_error == pytest.approx(1 / np.sqrt(23))
+    (two,) = bntools.inspect(twice, [x], forward=lambda model, x: (model.bn(x), model.bn(x))[0], alternatives=False)
+    assert two.standard_error == pytest.approx(one.standard_error, rel=0.03)
+
+
 def test_convergence_ends_at_the_standard_error():
     """It falls with the number of samples, to the worst layer's; recalibrate has it with a tolerance."""
     model, x = cnn(), images(40)
     found = bntools.inspect(model, x.split(16), alternatives=False)
     assert [samples for samples, _ in found.convergence] == [2, 4, 8, 16, 32, 40]
-    assert found.convergence[-1][1] == pytest.approx(max(layer.standard_error for layer in found))
+    assert found.convergence[-1][1] == pytest.approx(max(layer.remaining_error for layer in found))
     assert found.convergence[-1][1] < found.convergence[1][1]
     result = bntools.recalibrate(model, x.split(16), tolerance=10, check=False)
     assert result.convergence[-1] == (result.samples, pytest.approx(result.standard_error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +18,8 @@ class Fit:
     of the standard deviation together, ``typical`` their median, both in stored standard deviations. Unlike the largest
     of the channels, neither grows with their number. ``noise`` is the standard error of the measured mean in the worst
     channel, in stored standard deviations, ``left`` the same in measured ones: what recalibration would leave to
-    chance. ``ratio`` is the median over the channels of measured over stored standard deviation.
+    chance (``LayerDrift.remaining_error``). ``ratio`` is the median over the channels of measured over stored standard
+    deviation.
     """
 
     name: str
@@ -45,7 +45,7 @@ def _fit(one: LayerDrift) -> Fit:
         extent=float(np.sqrt(np.mean(off**2))),
         typical=float(np.median(off)),
         noise=one.standard_error,
-        left=one.standard_error / ratio if ratio else math.inf,
+        left=one.remaining_error,
         ratio=ratio,
         frozen=one.layer.stats_frozen,
     )

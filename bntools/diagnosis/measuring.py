@@ -85,7 +85,7 @@ def diagnose(
             advice=[],
             modes=findings.modes,
             alone=findings.alone,
-            convergence=convergence(measured.courses, _stds(job, measured), measured.samples),
+            convergence=convergence(measured.courses, job.stds(measured), measured.samples),
             untouched=untouched | missed,
             notes=[*_remarks(job, measured, passes), *findings.notes],
             framework=backend.__name__.rpartition(".")[2],
@@ -105,18 +105,21 @@ def _drifts(job: Job, measured: Measured) -> tuple[list[LayerDrift], dict[str, s
     missed = {name: "never reached in a forward pass" for name in job.before if name not in measured.moments}
     single = [name for name, moments in measured.moments.items() if moments.count < 2]
     missed |= dict.fromkeys(single, "saw a single value per channel in all of the data: give at least two samples")
-    found = [_drift(layer, measured, job) for layer in job.before.values() if layer.name not in missed]
+    found = [_drift(layer, measured) for layer in job.before.values() if layer.name not in missed]
     if not found:
         name, reason = next(iter(missed.items()))
         raise BntoolsError(f"none of the {len(job.before)} BN layers could be measured ({name}: {reason})")
     return found, missed
 
 
-def _drift(layer: BatchNorm, measured: Measured, job: Job) -> LayerDrift:
+def _drift(layer: BatchNorm, measured: Measured) -> LayerDrift:
     moments = measured.moments[layer.name].numpy()
     mean, var = np.asarray(moments.mean), np.asarray(moments.var)
     apart = drift.between(layer, mean, var)
-    std = _stds(job, measured)[layer.name]
+    seen = np.sqrt(var + layer.eps)
+    course = measured.courses[layer.name].total
+    # Several calls of one sample are no more independent of each other than its pixels are.
+    calls = max(1.0, course.count / measured.samples) ** 0.5
     return LayerDrift(
         layer=layer,
         mean=mean,
@@ -125,16 +128,11 @@ def _drift(layer: BatchNorm, measured: Measured, job: Job) -> LayerDrift:
         mean_shift=apart.mean_shift,
         std_ratio=apart.std_ratio,
         kl=apart.kl,
-        standard_error=standard_error(measured.courses[layer.name].total, std),
+        standard_error=standard_error(course, np.where(np.isfinite(layer.std), layer.std, seen)) * calls,
         dead=drift.still(mean, var, layer.eps),
         calls=measured.calls.get(layer.name, 1),
+        remaining_error=standard_error(course, seen) * calls,
     )
-
-
-def _stds(job: Job, measured: Measured) -> dict[str, np.ndarray]:
-    """The stored standard deviations; where these are not finite, the measured ones."""
-    seen = job.stds(measured)
-    return {name: np.where(np.isfinite(job.before[name].std), job.before[name].std, seen[name]) for name in seen}
 
 
 def _compared(job: Job, measured: Measured, found: list[LayerDrift], shown: list[str]) -> Findings:

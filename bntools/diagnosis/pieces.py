@@ -130,7 +130,7 @@ def _run(replica: Any, content: Any) -> Piece:
 
 def _of_layer(parts: Mapping[str, Sequence[Moments]], eps: float) -> dict[str, Deviation]:
     whole = merged(moments for part in parts.values() for moments in part)
-    std = np.sqrt(whole.var + eps)
+    std = _divisor(whole, eps)
     total = sum(map(len, parts.values()))
     # Of each piece the mean and the second moment about the mean of all, both linear in the samples, so that those
     # of a part are averages of its pieces' and their noise is that of an average.
@@ -152,8 +152,14 @@ def _of_layer(parts: Mapping[str, Sequence[Moments]], eps: float) -> dict[str, D
 
 
 def _shift_and_change(part: Moments, whole: Moments, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    std = _divisor(whole, eps)
+    return (part.mean - whole.mean) / std, (np.sqrt(part.var + eps) - np.sqrt(whole.var + eps)) / std
+
+
+def _divisor(whole: Moments, eps: float) -> np.ndarray:
+    """The standard deviations of all data; 1 in a dead channel with eps=0, where no part differs."""
     std = np.sqrt(whole.var + eps)
-    return (part.mean - whole.mean) / std, np.sqrt(part.var + eps) / std - 1
+    return np.where(std == 0, 1.0, std)
 
 
 def _rms(shift: np.ndarray, change: np.ndarray) -> float:

@@ -33,12 +33,14 @@ class LayerDrift:
     deviations) and of ``abs(std_ratio - 1)``, both of shape (features,). ``kl``, of shape (features,), is the
     divergence of the measured Gaussian from the stored one, in nats. ``standard_error`` is that of the measured mean in
     the worst channel, in stored standard deviations, with samples as units: values within one sample are not
-    independent. ``dead`` names channels whose values do not vary. ``gap`` is the share of the whole model's difference
-    between eval mode's output and that with the data's own statistics that goes back when this layer alone is given its
-    measured statistics; None where it was not taken. ``histogram`` holds edges (bins + 1,) and counts (bins,) of what
-    eval mode brings to the layer, normalized by its stored statistics; None where it was not asked for. ``calls`` is
-    how often a forward pass calls the layer, ``call_gap`` how far the statistics of its calls, each for itself, are
-    from those of all calls together, in standard deviations of the latter (``domains.halves`` measures both).
+    independent. ``remaining_error`` is the same in measured standard deviations: by how much the mean that
+    ``recalibrate`` stores may be off, in what the layer then divides by. ``dead`` names channels whose values do not
+    vary. ``gap`` is the share of the whole model's difference between eval mode's output and that with the data's own
+    statistics that goes back when this layer alone is given its measured statistics; None where it was not taken.
+    ``histogram`` holds edges (bins + 1,) and counts (bins,) of what eval mode brings to the layer, normalized by its
+    stored statistics; None where it was not asked for. ``calls`` is how often a forward pass calls the layer,
+    ``call_gap`` how far the statistics of its calls, each for itself, are from those of all calls together, in standard
+    deviations of the latter (``domains.halves`` measures both).
     """
 
     layer: BatchNorm
@@ -54,6 +56,7 @@ class LayerDrift:
     histogram: tuple[np.ndarray, np.ndarray] | None = None
     calls: int = 1
     call_gap: float = 0.0
+    remaining_error: float = 0.0
 
     @property
     def name(self) -> str:
@@ -132,7 +135,8 @@ class Diagnosis:
 
     ``modes`` compare eval and train mode; ``alone`` is the largest scale-relative difference between the eval-mode
     output of a sample by itself and in a batch (0 up to rounding, None where it was not taken). ``convergence`` is how
-    the standard error of the worst channel's mean, in stored standard deviations, fell with the number of samples.
+    the standard error of the worst channel's mean, in measured standard deviations, fell with the number of samples: at
+    the end it is the largest ``remaining_error``, but for layers that a sample does not reach exactly once.
     ``halves`` are the first and the second half of the data, in the order in which it came, as domains: do its
     statistics move as it goes? ``advice`` begins with what to do first. ``untouched`` gives the reason for each layer
     that was not measured. ``notes`` are sentences worth reading. ``framework`` is the model's: torch, keras or onnx.

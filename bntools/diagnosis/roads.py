@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from bntools.course import GOALS, needed
 from bntools.diagnosis import domains
 from bntools.diagnosis.fit import Fit
 from bntools.diagnosis.records import Advice, Diagnosis
@@ -26,7 +27,6 @@ FEWEST = 8  # samples: from fewer not even a standard error is known
 HUGE = 3.0  # standard deviations in most channels: the data is where training never was
 FACTOR = 5.0  # between measured and stored standard deviations, in most channels
 LOWER = 0.96  # of the stored standard deviation: with less variety of content, deep layers vary less
-TARGETS = (0.05, 0.01)  # standard deviations for which the samples needed are said
 USUAL_BATCH = 32  # for which a momentum is said where the training's batch size is not known
 FASTEST = 0.1  # PyTorch's own momentum: what moves faster is not adapting slowly
 FOLLOWS = 0.1  # standard deviations that a moving average may miss the mean by, in the worst channel
@@ -93,12 +93,12 @@ def _measure_anew(
 ) -> Advice:
     """A real drift: how much the samples suffice for decides between new statistics and a blend."""
     if left <= ENOUGH:
-        needed = [_needed(samples, left, target) for target in TARGETS]
+        enough = [needed(samples, left, target) for target in GOALS]
         reason = (
             f"{off}, and {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel; for "
-            f"{TARGETS[0]:.0%} of a standard deviation {needed[0]:,} are enough, for {TARGETS[1]:.0%} {needed[1]:,}"
+            f"{GOALS[0]:.0%} of a standard deviation {enough[0]:,} are enough, for {GOALS[1]:.0%} {enough[1]:,}"
         )
-        figures |= {"samples_5_percent": float(needed[0]), "samples_1_percent": float(needed[1])}
+        figures |= {"samples_5_percent": float(enough[0]), "samples_1_percent": float(enough[1])}
         return Advice("recalibrate", reason, f"bntools.recalibrate(model, batches{which})", figures)
     # The least expected square error of a blend of values known up to ``noise`` and ones that are off by ``extent``.
     prior = max(1, round(samples * sum(one.noise**2 for one in fits) / sum(one.extent**2 for one in fits)))
@@ -106,7 +106,7 @@ def _measure_anew(
     reason = (
         f"{off}, but {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel: weigh what is "
         f"stored as {counted(prior, 'sample')}. Or let training move it, {_in_words(momentum, batch_size)}; for new "
-        f"statistics alone {_needed(samples, left, ENOUGH):,} samples are enough"
+        f"statistics alone {needed(samples, left, ENOUGH):,} samples are enough"
     )
     figures |= {"prior": float(prior), "momentum": momentum}
     return Advice("adapt", reason, f"bntools.recalibrate(model, batches, prior={prior}{which})", figures)
@@ -117,7 +117,7 @@ def _follow(
 ) -> Advice:
     """Statistics that move as the data goes."""
     momentum = _momentum(diagnosis.samples, left, batch_size)
-    memory = _needed(diagnosis.samples, left, FOLLOWS)
+    memory = needed(diagnosis.samples, left, FOLLOWS)
     reason = (
         f"the data moves as it goes: its halves are {number(look)} standard deviations from the whole at the first "
         f"layer. Let the statistics follow, with a memory of some {memory:,} samples: in training "
@@ -133,9 +133,9 @@ def _follow(
 def _too_few(diagnosis: Diagnosis, noise: float, figures: dict[str, float]) -> Advice:
     samples = diagnosis.samples
     if math.isfinite(noise) and samples >= 2:
-        needed = max(_needed(samples, noise, ENOUGH), FEWEST)
-        more = f"leave {number(noise)} standard deviations to chance in the worst channel; about {needed:,} would do"
-        figures |= {"samples_needed": float(needed)}
+        enough = max(needed(samples, noise, ENOUGH), FEWEST)
+        more = f"leave {number(noise)} standard deviations to chance in the worst channel; about {enough:,} would do"
+        figures |= {"samples_needed": float(enough)}
     else:
         more = "have no standard error; give some dozens"
     reason = f"{counted(samples, 'sample')} are too few to tell: they {more}. Until then keep what is stored"
@@ -171,20 +171,13 @@ def _without_effect(diagnosis: Diagnosis) -> str:
     return same if whole.agreement >= AGREES else ""
 
 
-def _needed(samples: int, error: float, target: float) -> int:
-    """How many samples bring a standard error down to the target, to two digits, rounded up."""
-    needed = max(2.0, samples * (error / target) ** 2)
-    unit = 10 ** max(0, math.floor(math.log10(needed)) - 1)
-    return math.ceil(needed / unit) * unit
-
-
 def _momentum(samples: int, left: float, batch_size: int | None) -> float:
     """PyTorch's momentum m at which a moving average forgets no faster than its noise allows.
 
     Averaged over batches of b samples it is worth ``b * (2 - m) / m`` of them.
     """
     batch = batch_size or USUAL_BATCH
-    wanted = _needed(samples, left, FOLLOWS)
+    wanted = needed(samples, left, FOLLOWS)
     return float(f"{min(FASTEST, 2 * batch / (wanted + batch)):.2g}")
 
 

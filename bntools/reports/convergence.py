@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from bntools import words
+from bntools.course import GOALS, needed
 from bntools.reports import charts
 from bntools.reports.markup import joined, tag
 from bntools.reports.page import Section
-
-GOALS = (0.05, 0.01)  # standard errors, in standard deviations, that are asked for in practice
 
 
 def section(curve: Sequence[tuple[int, float]]) -> Section | None:
@@ -21,8 +20,8 @@ def section(curve: Sequence[tuple[int, float]]) -> Section | None:
     if len(points) < 2:
         return None
     last, error = points[-1]
-    needed = {goal: math.ceil(last * (error / goal) ** 2) for goal in GOALS}
-    right = max(last * 2, min(max(needed.values()), last * 100))
+    enough = {goal: needed(last, error, goal) for goal in GOALS}
+    right = max(last * 2, min(max(enough.values()), last * 100))
     lowest = min(*(e for _, e in points), error * math.sqrt(last / right))
     x = charts.across(points[0][0], right, "samples", log=True)
     y = charts.upward(lowest, max(e for _, e in points), "standard error, std", log=True)
@@ -32,10 +31,10 @@ def section(curve: Sequence[tuple[int, float]]) -> Section | None:
     ends = charts.dots(x, y, np.array([last], np.float64), np.array([error]), "solid")
     caption = f"Standard error by number of samples: {words.number(error)} std at {last:,} samples"
     plot = charts.chart(caption, x, y, charts.line(x, y, samples, errors, "measured"), ahead, ends)
-    goals = "; ".join(_goal(goal, count, error) for goal, count in needed.items())
+    goals = "; ".join(_goal(goal, count, error) for goal, count in enough.items())
     said = tag("p", None, f"{last:,} samples give {words.number(error)} std. {goals}.")
     explanation = (
-        "Standard error of the measured mean in the worst channel, in stored standard deviations, after so many "
+        "Standard error of the measured mean in the worst channel, in measured standard deviations, after so many "
         "samples; the dashed line goes on with 1/√n, as for independent samples. Enough is where it is small against "
         "the drift."
     )
@@ -45,10 +44,4 @@ def section(curve: Sequence[tuple[int, float]]) -> Section | None:
 def _goal(goal: float, count: int, error: float) -> str:
     if error <= goal:
         return f"{goal:g} std is reached"
-    return f"{goal:g} std would take about {_rounded(count):,}"
-
-
-def _rounded(count: int) -> int:
-    """Two digits: it is an estimate."""
-    power = 10 ** max(len(str(count)) - 2, 0)
-    return -(-count // power) * power
+    return f"{goal:g} std would take about {count:,}"
