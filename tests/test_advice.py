@@ -247,6 +247,8 @@ def test_small_batches(images, batch_size, actions):
     found = diagnosed(images, batch_size=batch_size)
     assert [one.action for one in found.advice] == actions
     if batch_size == 4:
+        (at_4,) = (one.agreement for one in found.modes if one.batch_size == 4)
+        assert f"in such batches agree on {at_4:.1%}" in found.advice[0].reason
         assert "recalibrate exactly when training is over" in found.advice[0].reason
         scope = {"bntools": bntools, "model": cd.trained()}
         exec(found.advice[0].how, scope)

@@ -140,14 +140,13 @@ def _small_batches(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | 
     if batch_size is None or batch_size >= SMALL or not moving:
         return
     noise = max(one.left for one in moving) * math.sqrt(diagnosis.samples / batch_size)
-    modes = [one for one in diagnosis.modes if one.batch_size is not None and one.batch_size <= batch_size]
-    seen = next((one for one in reversed(modes) if one.agreement is not None), None)
+    seen = next((one.agreement for one in diagnosis.modes if one.batch_size == batch_size), None)
     text = (
         f"batches of {batch_size} are small: the mean of one misses that of the data by {number(noise)} standard "
         f"deviations in the worst channel"
     )
     if seen is not None:
-        text += f"; eval and train mode at {seen.batch_size} agree on {percent(seen.agreement)} of the samples"
+        text += f". Eval mode and train mode in such batches agree on {percent(seen)} of the samples"
     figures = {"batch_size": float(batch_size), "noise": noise}
     after = "bntools.recalibrate(model, batches)  # when training is over"
     if math.isfinite(noise) and noise > NOISY:

@@ -78,7 +78,7 @@ def diagnose(
         measured, passes, _ = exact(job, Source(batches, max_samples), per_sample=True)
         job.put_back()
         found, missed = _drifts(job, measured)
-        findings = _compared(job, measured, found, shown)
+        findings = _compared(job, measured, found, shown, batch_size)
         result = Diagnosis(
             samples=measured.samples,
             layers=[_complete(layer, findings) for layer in found],
@@ -135,12 +135,14 @@ def _drift(layer: BatchNorm, measured: Measured) -> LayerDrift:
     )
 
 
-def _compared(job: Job, measured: Measured, found: list[LayerDrift], shown: list[str]) -> Findings:
+def _compared(
+    job: Job, measured: Measured, found: list[LayerDrift], shown: list[str], batch_size: int | None
+) -> Findings:
     """What the model gives, on a sample of the data, with one set of statistics and with another."""
     findings = Findings()
     with _noted(findings.notes, "eval and train mode were not compared"):
         sample = sampled(measured.batches, _affordable(job, measured))
-        _compare_outputs(job, measured, found, sample, findings)
+        _compare_outputs(job, measured, found, sample, findings, batch_size)
     if shown:
         with _noted(findings.notes, "no histogram was taken"):
             sample = replace(sampled(measured.batches, SAMPLES), bound=measured.batches[0].samples)
@@ -148,7 +150,14 @@ def _compared(job: Job, measured: Measured, found: list[LayerDrift], shown: list
     return findings
 
 
-def _compare_outputs(job: Job, measured: Measured, found: list[LayerDrift], sample: Sample, findings: Findings) -> None:
+def _compare_outputs(
+    job: Job,
+    measured: Measured,
+    found: list[LayerDrift],
+    sample: Sample,
+    findings: Findings,
+    batch_size: int | None,
+) -> None:
     ranked = [layer.name for layer in sorted(found, key=lambda one: -one.drift)]
     stats = {layer.name: (layer.mean, layer.var) for layer in found}
     job.progress("comparing", 0, sample.samples)
@@ -170,7 +179,7 @@ def _compare_outputs(job: Job, measured: Measured, found: list[LayerDrift], samp
         frozen = len(ranked) - len(trained)
         findings.notes.append(f"train mode keeps the stored statistics of {frozen} frozen layers, as training would")
     class_axis = job.backend.runners(job.model, ("cpu",), job.forward)[0].class_axis
-    findings.modes, left_out = outputs.modes(job, sample, given, trained, class_axis)
+    findings.modes, left_out = outputs.modes(job, sample, given, trained, class_axis, batch_size)
     findings.notes += left_out
     job.progress("comparing", sample.samples, sample.samples)
 

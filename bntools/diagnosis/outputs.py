@@ -75,17 +75,23 @@ def alone(job: Job, sample: Sample) -> float:
 
 
 def modes(
-    job: Job, sample: Sample, given: Outputs, trained: Mapping[str, float], class_axis: int
+    job: Job,
+    sample: Sample,
+    given: Outputs,
+    trained: Mapping[str, float],
+    class_axis: int,
+    batch_size: int | None = None,
 ) -> tuple[list[ModeGap], list[str]]:
     """Train mode's outputs against those of eval mode at several batch sizes, and the sizes that were left out.
 
-    ``given`` is what eval mode gives for the sample. ``trained`` are the layers that normalize with their batch's
+    ``batch_size`` is one more of them. ``given`` is what eval mode gives for the sample. ``trained`` are the layers that normalize with their batch's
     statistics, and how many values a channel each of them gets from one sample. Dropout and the like stay off.
     """
     found: list[ModeGap] = []
     notes = []
+    sizes = sorted({*SIZES, batch_size} if batch_size else SIZES)
     with job.measuring(trained, normalize="batch", outputs=True) as start:
-        for size in [sample.bound] if sample.bound else [*(size for size in SIZES if size < sample.samples), None]:
+        for size in [sample.bound] if sample.bound else [*(size for size in sizes if size < sample.samples), None]:
             short = [name for name, values in trained.items() if (size or sample.samples) * values < 2]
             if short:
                 notes.append(
