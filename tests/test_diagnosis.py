@@ -76,6 +76,17 @@ def test_a_planted_shift_is_found_with_its_size():
     assert layer.kl[1] == pytest.approx(0.5 * (4 + 9 - 1) - np.log(2), abs=1e-5)
 
 
+def test_channels_lead_by_what_drift_is():
+    """The first of the leading channels is where the drift is, also where another's divergence is larger."""
+    model = nn.Sequential(nn.BatchNorm1d(3, eps=0))
+    x = rows()
+    x[:, 0], x[:, 2] = x[:, 0] * 1.9, x[:, 2] * 0.2
+    (layer,) = bntools.inspect(model, [x], alternatives=False)
+    first, second = layer.leading(2)
+    assert (first.channel, abs(first.ratio - 1)) == (0, pytest.approx(layer.drift))
+    assert (second.channel, second.kl) == (2, layer.kl.max())
+
+
 def test_measured_is_what_recalibration_stores():
     """Every layer is measured behind layers with their new statistics, also where recalibrate skips it as frozen."""
     model = cnn()

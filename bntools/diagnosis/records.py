@@ -64,8 +64,9 @@ class LayerDrift:
         return self.layer.name
 
     def leading(self, most: int = 5) -> list[ChannelDrift]:
-        """The channels that drift the most, by their divergence."""
-        order = np.argsort(-self.kl, kind="stable")[:most]
+        """The channels that drift the most: the first one's shift or ratio is the layer's ``drift``."""
+        distance = np.maximum(np.abs(self.mean_shift), np.abs(self.std_ratio - 1))
+        order = np.argsort(-np.nan_to_num(distance, nan=np.inf), kind="stable")[:most]
         return [ChannelDrift(int(c), *(float(a[c]) for a in (self.mean_shift, self.std_ratio, self.kl))) for c in order]
 
 
