@@ -70,8 +70,19 @@ SCALES = (
         colour=True,
         usual=False,
     ),
+    Scale(
+        "ImageNet's mean and std, twice",
+        lambda x: (x * STD + MEAN) * STD + MEAN,
+        lambda x: ((x - MEAN) / STD - MEAN) / STD,
+        "(x * STD + MEAN) * STD + MEAN",
+        "((x - MEAN) / STD - MEAN) / STD",
+        10,
+        colour=True,
+        usual=False,
+    ),
+    Scale("0..65535", lambda x: x / 65535, lambda x: x * 65535, "x / 65535", "x * 65535", 65535, usual=False),
 )
-ONES, BYTES, AGAIN = SCALES[0], SCALES[1], SCALES[5]
+ONES, BYTES, AGAIN, WORDS = SCALES[0], SCALES[1], SCALES[5], SCALES[8]
 
 
 def possible(pixels: np.ndarray) -> Iterator[Scale]:
@@ -79,7 +90,7 @@ def possible(pixels: np.ndarray) -> Iterator[Scale]:
     least, most = float(pixels.min()), float(pixels.max())
     if least < 0:
         for scale in SCALES:
-            if scale not in (ONES, BYTES, AGAIN) and (pixels.shape[-1] == 3 or not scale.colour):
+            if scale not in (ONES, BYTES, AGAIN, WORDS) and (pixels.shape[-1] == 3 or not scale.colour):
                 unit = scale.to_unit(pixels)
                 if unit.min() >= -SLACK and unit.max() <= 1 + SLACK and filled(unit):
                     yield scale
@@ -89,6 +100,8 @@ def possible(pixels: np.ndarray) -> Iterator[Scale]:
         yield ONES
     elif most <= 255 * (1 + SLACK):
         yield BYTES
+    elif most <= 65535 * (1 + SLACK) and filled(pixels / 65535):  # a single wild pixel among bytes is no 16-bit image
+        yield WORDS
 
 
 def others(source: Scale, pixels: np.ndarray) -> Iterator[Scale]:
