@@ -84,8 +84,9 @@ def modes(
 ) -> tuple[list[ModeGap], list[str]]:
     """Train mode's outputs against those of eval mode at several batch sizes, and the sizes that were left out.
 
-    ``batch_size`` is one more of them. ``given`` is what eval mode gives for the sample. ``trained`` are the layers that normalize with their batch's
-    statistics, and how many values a channel each of them gets from one sample. Dropout and the like stay off.
+    ``batch_size`` is one more of them. ``given`` is what eval mode gives for the sample. ``trained`` are the layers
+    that normalize with their batch's statistics, and how many values a channel each of them gets from one sample.
+    Dropout and the like stay off.
     """
     found: list[ModeGap] = []
     notes = []
