@@ -9,6 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from onnx_files import keep, small
+
+
+@pytest.fixture(autouse=True)
+def _onnx(desk):
+    """A model beside the other whose inspection waits for no framework to start."""
+    keep(small(), desk / "model.onnx")
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +33,7 @@ def test_a_reader_that_leaves(desk):
     assert json.loads(Path("out.json").read_text())["samples"] == 40
 
 
-@pytest.mark.parametrize("line", ["bntools --help", "bntools inspect model.pt"])
+@pytest.mark.parametrize("line", ["bntools --help", "bntools inspect model.onnx"])
 def test_closed_stdout(desk, line):
     """A closed stdout is no failure: what is printed goes nowhere."""
     done = shell(f"{line} >&-")
@@ -34,7 +41,7 @@ def test_closed_stdout(desk, line):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is Linux's")
-@pytest.mark.parametrize("line", ["bntools --help", "bntools inspect model.pt"])
+@pytest.mark.parametrize("line", ["bntools --help", "bntools inspect model.onnx"])
 def test_full_disk_behind_stdout(desk, line):
     """A stdout that cannot be written to is one line and a failure."""
     done = shell(f"{line} > /dev/full")
