@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from copy import deepcopy
 from threading import Thread
 
 import keras
@@ -200,6 +201,19 @@ def test_buffers_stay_the_same_tensors_and_may_be_replaced():
         assert held[0] == 1
         model.double()
     assert model[1].running_mean.dtype == torch.float64
+    assert set(means(model)) == {0.0}
+
+
+def test_a_layer_that_was_replaced_is_told():
+    """Statistics put into a layer that the model has no more would show nowhere."""
+    model = cnn()
+    use = bntools.use(model, moved(bntools.statistics(model), 1.0))
+    model[0] = torch.compile(model[0], backend="eager")
+    with use:
+        assert set(means(model)) == {1.0}
+    model[1] = deepcopy(model[1])
+    with pytest.raises(bntools.BntoolsError, match="layer '1' was replaced in the model"), use:
+        pass
     assert set(means(model)) == {0.0}
 
 

@@ -24,7 +24,9 @@ class Live:
     def __init__(self, model: nn.Module, names: Iterable[str]):
         self.owner = unwrap(model)
         found = modules(model)
-        self._layers = {name: found[name]._buffers for name in names}
+        self._modules = {name: found[name] for name in names}
+        self._layers = {name: module._buffers for name, module in self._modules.items()}
+        self._tree = _tree(self.owner)
         for name, buffers in self._layers.items():
             if buffers.get(MEAN) is None or buffers.get(VAR) is None:
                 raise BntoolsError(f"layer {name!r} keeps its statistics outside of its buffers: use bntools.apply")
@@ -49,7 +51,9 @@ class Live:
 
     @torch.no_grad()
     def taken(self) -> list[torch.Tensor]:
-        """Copies of all of them."""
+        """Copies of all of them. Raises BntoolsError where layers are not the model's any more."""
+        if any(children.get(key) is not child for children, key, child in self._tree):
+            self._check_layers()
         return [tensor.clone() for tensor in self._tensors()]
 
     @torch.no_grad()
@@ -57,8 +61,23 @@ class Live:
         """Store what ``made`` or ``taken`` gave, also where the module has moved to another device since."""
         torch._foreach_copy_(self._tensors(), values)
 
+    def _check_layers(self) -> None:
+        """Something in the model was replaced: were these layers?"""
+        found = modules(self.owner)
+        for name, module in self._modules.items():
+            if found.get(name) is not module:
+                raise BntoolsError(
+                    f"layer {name!r} was replaced in the model after bntools.use was called: call it again"
+                )
+        self._tree = _tree(self.owner)
+
     def _tensors(self) -> list[torch.Tensor]:
         return [buffers[key] for buffers, key in self._places]
+
+
+def _tree(model: nn.Module) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+    """Every place of a module in the model, with what is there."""
+    return [(parent._modules, key, child) for parent in model.modules() for key, child in parent._modules.items()]
 
 
 live = Live
