@@ -72,21 +72,21 @@ def with_options_of_their_own() -> keras.Model:
 def three_blocks() -> keras.Model:
     """Conv, BN, ReLU, pooling three times, then a dense head with BN and dropout; images of 32 x 32 pixels."""
     parts: list[keras.Layer] = [layers.Input((32, 32, 3))]
-    for width in (64, 128, 256):
+    for width in (16, 32, 64):
         parts += [layers.Conv2D(width, 3, padding="same"), layers.BatchNormalization(), layers.ReLU()]
-        parts += [layers.MaxPooling2D()] if width < 256 else []
-    parts += [layers.Flatten(), layers.Dense(512), layers.BatchNormalization(), layers.ReLU(), layers.Dropout(0.5)]
+        parts += [layers.MaxPooling2D()] if width < 64 else []
+    parts += [layers.Flatten(), layers.Dense(128), layers.BatchNormalization(), layers.ReLU(), layers.Dropout(0.5)]
     return keras.Sequential([*parts, layers.Dense(10)])
 
 
 def three_blocks_in_torch() -> nn.Module:
     """The same in PyTorch."""
     parts: list[nn.Module] = []
-    for inside, width in ((3, 64), (64, 128), (128, 256)):
+    for inside, width in ((3, 16), (16, 32), (32, 64)):
         parts += [nn.Conv2d(inside, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        parts += [nn.MaxPool2d(2)] if width < 256 else []
-    head = [nn.Flatten(), nn.Linear(256 * 8 * 8, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5)]
-    return nn.Sequential(*parts, *head, nn.Linear(512, 10)).eval()
+        parts += [nn.MaxPool2d(2)] if width < 64 else []
+    head = [nn.Flatten(), nn.Linear(64 * 8 * 8, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*parts, *head, nn.Linear(128, 10)).eval()
 
 
 def main() -> None:
