@@ -9,7 +9,7 @@ demo: $(VENV)/demo.ready
 	$(BIN)/bntools demo
 
 test: $(VENV)/test.ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .

@@ -7,6 +7,26 @@ import signal
 import pytest
 import torch
 
+# What takes longest of all files. Tests may run on several processes, a file on one: these start first, so that none of
+# them runs on alone at the end.
+LONG = (
+    "test_torch_backend.py",
+    "test_samples.py",
+    "test_exporting.py",
+    "test_folding_architectures.py",
+    "test_recalibration.py",
+    "test_freezing.py",
+    "test_advice.py",
+    "test_files.py",
+    "test_pickles.py",
+    "test_bad_input.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, the others as they were."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
