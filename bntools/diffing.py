@@ -28,7 +28,8 @@ class LayerDiff:
 
     ``mean_shift`` is b's mean minus a's in standard deviations of a, ``std_ratio`` b's standard deviation over a's,
     both of shape (features,); ``drift`` is the largest over the channels of ``abs(mean_shift)`` and
-    ``abs(std_ratio - 1)``. These are None, None and NaN where one side keeps no statistics or features differ.
+    ``abs(std_ratio - 1)``, infinite where statistics differ that are not all finite. These are None, None and NaN where one
+    side keeps no statistics or features differ.
     ``scale`` and ``shift`` are the largest absolute differences of the affine parameters, None where one side does not
     tell. ``changes`` says in words what differs, and is empty for a layer that is the same.
     """
@@ -176,6 +177,9 @@ def _compared(a: BatchNorm, b: BatchNorm) -> LayerDiff:
     if comparable:
         (mean, var), (other_mean, other_var) = a.stats, b.stats
         drift = distance(a.stats, b.stats, eps)
+        if math.isnan(drift):  # which would not count in a largest one
+            pairs = zip(a.stats, b.stats, strict=True)
+            drift = 0.0 if all(np.array_equal(*pair, equal_nan=True) for pair in pairs) else math.inf
         with np.errstate(divide="ignore", invalid="ignore"):
             std, other_std = (np.sqrt(np.maximum(values, 0) + eps) for values in (var, other_var))
             mean_shift, std_ratio = (other_mean - mean) / std, other_std / std

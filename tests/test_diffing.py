@@ -71,6 +71,17 @@ def test_one_channel_that_moved_is_found(model):
     assert not found.same
 
 
+def test_statistics_that_are_not_finite_are_the_worst():
+    """NaN on one side is the largest drift there is, and on both sides none."""
+    a = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    b = copy.deepcopy(a)
+    a[1].running_mean[2] = torch.nan
+    b[0].running_mean[0] = 1
+    found = bntools.diff(a, b)
+    assert ([layer.name for layer in found.worst()], found.drift) == (["1", "0"], np.inf)
+    assert bntools.diff(a, copy.deepcopy(a)).drift == 0
+
+
 def test_every_other_part_of_a_layer_is_compared():
     """Variance, scale, shift, eps, momentum, missing statistics and width: each is named."""
     a = nn.ModuleDict({name: nn.BatchNorm1d(4) for name in ("one", "two", "three", "four", "five", "six")})
