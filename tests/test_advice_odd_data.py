@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import coloured_digits as cd
 import numpy as np
 import pytest
-import torch
 
 import bntools
 from bntools.diagnosis import scalings
@@ -19,9 +16,9 @@ def images():
     return cd.held_out()[0][:200]
 
 
-def first(images, model=None):
-    """The first advice on images, for the network that reads digits."""
-    return bntools.inspect(model or cd.trained(), cd.batches(images)).advice[0]
+def first(images):
+    """The first advice on images for the network that reads digits."""
+    return bntools.inspect(cd.trained(), cd.batches(images)).advice[0]
 
 
 def test_sixteen_bits(images):
@@ -46,3 +43,18 @@ def test_normalized_twice():
     mended = {"np": np, "images": twice}
     exec(line, mended)
     np.testing.assert_allclose(mended["images"], once, atol=1e-9)
+
+
+def test_far_beyond_the_stored_deviation(images):
+    """Data thousands of deviations off is not taken for chance because its own spread is large in stored deviations."""
+    found = bntools.inspect(cd.trained(), cd.batches(images * 3e4 + 1e4), alternatives=False).advice[0]
+    assert found.action == "reset"
+    assert "more than 10 standard deviations" in found.reason
+
+
+def test_all_the_same(images):
+    """One image many times: nothing can be measured, and the reason says what is wrong with the data."""
+    for same in (np.full_like(images, 0.5), np.repeat(images[:1], 64, 0)):
+        found = first(same)
+        assert found.action == "freeze"
+        assert "all the same" in found.reason

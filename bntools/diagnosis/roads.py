@@ -23,6 +23,7 @@ ENOUGH_TO_AGREE = 100  # samples, from which on a share of 1 % can be seen
 UNSEEN = 0.3  # standard errors above it hide a drift of half a standard deviation, which matters
 ENOUGH = 0.2  # standard error in the worst channel, about 0.1 in a typical one: hardly seen in the output
 HOPELESS = 0.5  # standard error at which measured statistics are no better than stored ones with a drift that matters
+SAME = 1e-5  # standard deviations between the samples' own means in the worst channel: rounding
 FEWEST = 8  # samples: from fewer not even a standard error is known
 HUGE = 3.0  # standard deviations in most channels: the data is where training never was
 FACTOR = 5.0  # between measured and stored standard deviations, in most channels
@@ -35,9 +36,11 @@ FOLLOWS = 0.1  # standard deviations that a moving average may miss the mean by,
 def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) -> Advice:
     """The road for statistics that are finite; ``batch_size`` is that of the training to come."""
     samples, noise, left = diagnosis.samples, max(one.noise for one in fits), max(one.left for one in fits)
-    drifting = [one for one in fits if one.extent > max(MATTERS, CHANCE * one.noise)]
+    drifting = [one for one in fits if one.extent > MATTERS and one.apart > CHANCE * one.noise]
     worst = max(drifting or fits, key=lambda one: one.extent)
     figures = {"drift": worst.extent, "standard_error": noise, "samples": float(samples)}
+    if samples > 1 and left * math.sqrt(samples) < SAME:
+        return _all_the_same(diagnosis, figures)
     if samples < FEWEST or (not drifting and noise > UNSEEN):
         return _too_few(diagnosis, noise, figures)
     if moving := domains.differing(diagnosis.halves):
@@ -47,7 +50,7 @@ def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) 
     which = ', layers="*"' if any(one.frozen for one in fits) else ""
     off = (
         f"{len(drifting)} of {counted(len(fits), 'layer')} {'is' if len(drifting) == 1 else 'are'} off, {worst.name} "
-        f"most: by {number(worst.extent)} standard deviations over its channels, the measured deviation "
+        f"most: by {'more than ' if worst.apart > worst.extent else ''}{number(worst.extent)} standard deviations over its channels, the measured deviation "
         f"{number(worst.ratio)} times the stored one"
     )
     if without_effect := _without_effect(diagnosis):
@@ -139,6 +142,15 @@ def _too_few(diagnosis: Diagnosis, noise: float, figures: dict[str, float]) -> A
     else:
         more = "have no standard error; give some dozens"
     reason = f"{counted(samples, 'sample')} are too few to tell: they {more}. Until then keep what is stored"
+    return Advice("freeze", reason, _frozen(diagnosis), figures)
+
+
+def _all_the_same(diagnosis: Diagnosis, figures: dict[str, float]) -> Advice:
+    """Samples that are one and the same: a constant, or one image many times."""
+    reason = (
+        f"the {diagnosis.samples:,} samples are all the same to the model: no channel's mean differs between them. "
+        f"Check how the data is read; until then keep what is stored"
+    )
     return Advice("freeze", reason, _frozen(diagnosis), figures)
 
 
