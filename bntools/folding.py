@@ -14,7 +14,7 @@ from bntools.graph import Graph
 from bntools.layer import HALF, BatchNorm, Selection, select
 from bntools.legality import Step, plan
 from bntools.sizes import other_sizes
-from bntools.verification import Verification, default_tolerance, verify
+from bntools.verification import Verification, default_tolerance, held
 
 # After so many folds that had to be undone one at a time, what comes after the next one is left as well.
 PATIENCE = 8
@@ -41,13 +41,22 @@ class Folded:
         return f"{count}, kept {len(self.kept)}:{reasons}" if self.kept else count
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What is wrong with a model after some folds; ``blurred`` if that may be the original's own rounding."""
+
+    reason: str
+    blurred: bool = False
+
+
 def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
     """A new model in which BN layers are part of the weights before or after them.
 
     In eval mode a BN layer is a scale and shift per channel. Where that is exact, the weights before it take them up
     (Jacob et al. 2018, eq. 14), or those after it, also across views, pooling and concatenation. What
     cannot be folded is kept, with a reason. The result is a plain model of the same class,
-    compared with the original on the example; a fold that does not hold there is undone and reported.
+    compared with the original on the example; a fold that does not hold there is undone and reported. Where the model
+    amplifies rounding so much that the example tells nothing, all are kept, and the reason says so.
 
     Args:
         model: stays as it is.
@@ -74,14 +83,17 @@ def fold(model: Any, example: Any, *, layers: Selection = None) -> Folded:
     while True:
         steps, kept = _plan_everywhere(graph, others, affines, fixed | undone)
         trial = _tried(backend, model, graph, steps, example)
-        if not isinstance(trial, str):
+        if not isinstance(trial, _Failure):
             names = [layer.name for layer in found]
             kept = {name: kept[name] for name in names if name in kept}
             folded = [name for name in names if name not in kept]
             return Folded(backend.handed(trial[0], given), folded, kept, trial[1], _into(names, steps))
         if not steps:
-            raise BntoolsError(f"the model does not agree with its own copy on the example: {trial}")
-        first, problem = _culprit(backend, model, graph, steps, example, trial)
+            raise BntoolsError(f"the model does not agree with its own copy on the example: {trial.reason}")
+        if trial.blurred:  # without the folds that are left out first it would be, too
+            undone |= {step.layer: trial.reason for step in steps}
+            continue
+        first, problem = _culprit(backend, model, graph, steps, example, trial.reason)
         wrong = steps[first:] if len(undone) >= PATIENCE else [steps[first]]
         undone |= {step.layer: f"undone: {problem}" for step in wrong}
 
@@ -127,14 +139,22 @@ def _plan_everywhere(
 
 def _tried(
     backend: ModuleType, model: Any, graph: Graph, steps: list[Step], example: Any
-) -> tuple[Any, Verification] | str:
+) -> tuple[Any, Verification] | _Failure:
     """The model with these steps made and its comparison with the original, or what is wrong with it."""
     try:
         new = backend.absorb(model, graph, steps)
-        check = verify(model, new, [example], tolerance=_tolerance(graph))
+        check = held(model, new, example, _tolerance(graph))
     except BntoolsError as error:
-        return str(error)
-    return (new, check) if check.passed else f"the outputs differ ({check.reason})"
+        return _Failure(str(error))
+    if check.passed:
+        return new, check
+    if not check.blurred:
+        return _Failure(f"the outputs differ ({check.reason})")
+    reason = (
+        "the example does not tell whether a fold is right: the model turns a rounding of it into "
+        f"{check.noise:.1e} of its output's scale (give one like the data that its statistics are of)"
+    )
+    return _Failure(reason, blurred=True)
 
 
 def _tolerance(graph: Graph) -> float | None:
@@ -151,8 +171,8 @@ def _culprit(
     while fails - passes > 1:
         middle = (passes + fails) // 2
         trial = _tried(backend, model, graph, steps[:middle], example)
-        if isinstance(trial, str):
-            fails, problem = middle, trial
+        if isinstance(trial, _Failure):
+            fails, problem = middle, trial.reason
         else:
             passes = middle
     return fails - 1, problem

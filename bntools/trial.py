@@ -15,6 +15,9 @@ from bntools.runner import Outputs, Runner, least_precise
 # times that in float32 and float64. TF32, which would need a hundred times more, is off in a comparison.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 ACCELERATOR = {"float64": 10.0, "float32": 10.0, "float16": 1.0, "bfloat16": 1.0}
+# Where the reference's own rounding noise is larger than the table says, ten times that noise passes, up to
+# a hundred times the table.
+PER_NOISE, MOST_PARDON = 10.0, 100.0
 ON_CPU = ("cpu", "CPUExecutionProvider")
 
 
@@ -29,8 +32,9 @@ class Verification:
     compared at both, and this is the worse. ``placement`` counts the candidate's nodes by the provider that ran
     them, empty where that is not known. ``divergence`` is the first module or graph value that differs, with its
     operator and error, and ``first_divergence`` its name; None if the models agree or no value inside them
-    can be told apart. ``reason`` says in words why the comparison failed, None if it passed. ``notes`` are
-    sentences worth saying all the same.
+    can be told apart. ``noise`` is how far a rounding of its input moves the reference's own outputs, on their scale;
+    None where the error gave no cause to measure it. ``reason`` says in words why the comparison failed, None if it
+    passed. ``notes`` are sentences worth saying all the same.
     """
 
     passed: bool
@@ -45,6 +49,12 @@ class Verification:
     divergence: Divergence | None = None
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    noise: float | None = None
+
+    @property
+    def blurred(self) -> bool:
+        """Whether the reference's own rounding alone gives errors such as this one, so that it tells nothing."""
+        return self.noise is not None and self.error <= PER_NOISE * self.noise
 
     @property
     def first_divergence(self) -> str | None:

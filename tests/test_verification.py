@@ -437,6 +437,41 @@ def test_rounding_noise(wrong, explained, tolerance):
         assert 1e-4 < check.error <= check.tolerance <= 1e-2
 
 
+class Bytes(Chaotic):
+    """Takes images of bytes."""
+
+    def forward(self, x):
+        return super().forward(x.float() / 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rounding_noise_of_bytes(dtype):
+    """Where a model takes bytes for floats, its own rounding is measured, too; where it looks tokens up, it is not."""
+    batch = torch.arange(40).reshape(10, 4)
+    check = bntools.verify(Bytes(), Bytes(3e-4), batch.to(dtype))
+    assert check.passed
+    assert check.noise > 3e-5
+    tokens = nn.Embedding(40, 3)
+    other = copy.deepcopy(tokens)
+    other.weight.data += 0.01
+    assert bntools.verify(tokens, other, batch).noise == 0
+
+
+def test_a_model_of_noise_alone():
+    """Where rounding turns into outputs of their own, a comparison fails, and says that it tells nothing."""
+    check = bntools.verify(Wild(), Wild(1e-7), torch.linspace(0.5, 1.5, 40).reshape(10, 4))
+    assert not check.passed
+    assert check.blurred
+    assert "on these data no comparison tells whether a model is right" in check.notes[0]
+
+
+class Wild(Chaotic):
+    """Turns the last bit of its input into the first digit of its output."""
+
+    def forward(self, x):
+        return super().forward(1000 * (x + self.wrong))
+
+
 def test_well_conditioned_models_get_no_pardon(cnn):
     """A wrong model of ordinary conditioning is not excused by its rounding."""
     other = copy.deepcopy(cnn)
