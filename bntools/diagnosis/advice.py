@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bntools.diagnosis import domains, fit, looks, roads
+from bntools.diagnosis import domains, fit, lines, looks, roads
 from bntools.diagnosis.domains import CLEAR
 from bntools.diagnosis.fit import Fit
 from bntools.diagnosis.records import Advice, Diagnosis
@@ -84,10 +84,8 @@ def _broken(diagnosis: Diagnosis) -> Advice | None:
         what = f"{_named(names, diagnosis)} were never updated"
         if share < 1:
             what = f"up to {percent(share)} of the initial value is still inside {_named(names, diagnosis)}"
-    every = ', layers="*"' if any(one.stats_frozen for one in layers) else ""
-    which = every if len(names) == len(layers) else f", layers={names!r}"
-    how = f"bntools.reset(model{which}); bntools.recalibrate(model, batches{every})"
-    return Advice("reset", f"{what}. There is nothing to keep: measure them on data", how, figures)
+    line, command = lines.resetting(diagnosis, names)
+    return Advice("reset", f"{what}. There is nothing to keep: measure them on data", line, figures, command)
 
 
 def _preprocessed(diagnosis: Diagnosis) -> Advice | None:
@@ -97,9 +95,9 @@ def _preprocessed(diagnosis: Diagnosis) -> Advice | None:
         return None
     given, best = found
     reason = (
-        f"the first BN layer is off by {number(given.drift)} standard deviations in its worst channel with the data as "
-        f"it is, and by {number(best.drift)} with another preprocessing: {best.name}. That is a mistake in reading the "
-        f"data rather than another domain: nothing else is concluded before it is mended"
+        f"the data was probably preprocessed otherwise in training: as it is, the first BN layer is off by "
+        f"{number(given.drift)} standard deviations in its worst channel, with the preprocessing {best.name!r} by "
+        f"{number(best.drift)}. Mend how the data is read first: no other figure means anything before"
     )
     return Advice("preprocess", reason, best.how, {"given": given.drift, "better": best.drift})
 
@@ -111,13 +109,14 @@ def _separate(diagnosis: Diagnosis) -> Advice | None:
         return None
     worst = found[0]
     reason = (
-        f"the parts of the data differ in their look: {worst.name!r} is {number(worst.look)} standard deviations from "
-        f"all of it at the first layer, where {worst.samples} samples drawn at random would be "
-        f"{number(worst.look_noise)}; so {'does' if len(found) == 1 else 'do'} {len(found)} of "
-        f"{len(diagnosis.domains)}. Statistics of the mixture fit none of them"
+        f"{len(found)} of {len(diagnosis.domains)} parts of the data look{'s' if len(found) == 1 else ''} different: "
+        f"at the first layer {worst.name!r} is {number(worst.look)} standard deviations from all of the data, where "
+        f"{worst.samples} samples drawn at random would be {number(worst.look_noise)}. Statistics of the mixture fit "
+        f"none of the parts: give each its own"
     )
-    how = "sites = bntools.bank(model, domains)  # and later: with bntools.use(model, sites[name])"
-    return Advice("separate", reason, how, {"look": worst.look, "noise": worst.look_noise, "parts": float(len(found))})
+    figures = {"look": worst.look, "noise": worst.look_noise, "parts": float(len(found))}
+    line, command = lines.separating()
+    return Advice("separate", reason, line, figures, command)
 
 
 def _recurrent(diagnosis: Diagnosis) -> Advice | None:
@@ -131,7 +130,8 @@ def _recurrent(diagnosis: Diagnosis) -> Advice | None:
         f"deviations from those of all calls together: no one set of statistics fits them. Give each call a BN layer "
         f"of its own, or take a normalization that keeps no statistics"
     )
-    return Advice("replace", reason, _replaced([one.name for one in found], diagnosis), {"call_gap": worst.call_gap})
+    line = lines.replacing(diagnosis, [one.name for one in found])
+    return Advice("replace", reason, line, {"call_gap": worst.call_gap})
 
 
 def _small_batches(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) -> Iterator[Advice]:
@@ -142,29 +142,23 @@ def _small_batches(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | 
     noise = max(one.left for one in moving) * math.sqrt(diagnosis.samples / batch_size)
     seen = next((one.agreement for one in diagnosis.modes if one.batch_size == batch_size), None)
     text = (
-        f"batches of {batch_size} are small: the mean of one misses that of the data by {number(noise)} standard "
-        f"deviations in the worst channel"
+        f"training batches of {batch_size} are small: the mean of one is typically {number(noise)} standard deviations "
+        f"from that of the data, in the worst channel"
     )
     if seen is not None:
         text += f". Eval mode and train mode in such batches agree on {percent(seen)} of the samples"
     figures = {"batch_size": float(batch_size), "noise": noise}
-    after = "bntools.recalibrate(model, batches)  # when training is over"
     if math.isfinite(noise) and noise > NOISY:
         text += (
-            ". Train with GroupNorm or LayerNorm in their place; or with BN frozen; or recalibrate exactly when "
+            ". Train with GroupNorm or LayerNorm in place of BN; or with BN frozen; or recalibrate exactly when "
             "training is over, which does not depend on the batch size"
         )
-        yield Advice("replace", text, _replaced([one.name for one in moving], diagnosis), figures)
+        yield Advice("replace", text, lines.replacing(diagnosis, [one.name for one in moving]), figures)
     else:
-        yield Advice("recalibrate", f"{text}. Measure the statistics exactly when training is over", after, figures)
-
-
-def _replaced(names: Sequence[str], diagnosis: Diagnosis) -> str:
-    """Modules of PyTorch can be converted; for others the code that builds the model is to be changed."""
-    if diagnosis.framework in ("keras", "onnx"):
-        return "keras.layers.GroupNormalization() instead of BatchNormalization() where the model is built"
-    which = "" if len(names) == len(diagnosis) else f", layers={list(names)!r}"
-    return f'model = bntools.convert(model, "groupnorm"{which}).model'
+        line, command = lines.recalibrating(diagnosis)
+        line, command = (f"{each}  # when training is over" for each in (line, command))
+        reason = f"{text}. Measure the statistics exactly when training is over"
+        yield Advice("recalibrate", reason, line, figures, command)
 
 
 def _named(names: Sequence[str], diagnosis: Diagnosis) -> str:

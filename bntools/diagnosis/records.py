@@ -89,14 +89,16 @@ class Advice:
 
     ``action`` is one of ``"leave"``, ``"recalibrate"``, ``"freeze"``, ``"adapt"``, ``"reset"`` (and recalibrate),
     ``"replace"`` (the BN layers by another normalization), ``"preprocess"`` (the data otherwise) and ``"separate"``
-    (the domains in the data). ``reason`` is a sentence with the figures that decided, ``how`` the line of Python or
-    of the command line that does it. ``figures`` are the same numbers by name, for programs.
+    (the domains in the data). ``reason`` is a sentence with the figures that decided, ``how`` the line of Python that
+    does it, and ``command`` that of the command line, with MODEL and DATA for the two files; both may be empty.
+    ``figures`` are the same numbers by name, for programs.
     """
 
     action: str
     reason: str
     how: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    command: str = ""
 
 
 @dataclass(frozen=True)

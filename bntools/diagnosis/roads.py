@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from bntools.course import GOALS, needed
-from bntools.diagnosis import domains
+from bntools.diagnosis import domains, lines
 from bntools.diagnosis.fit import Fit
 from bntools.diagnosis.records import Advice, Diagnosis
 from bntools.words import counted, number, percent
@@ -47,72 +47,72 @@ def by_drift(diagnosis: Diagnosis, fits: Sequence[Fit], batch_size: int | None) 
         return _follow(diagnosis, max(one.look for one in moving), left, batch_size, figures)
     if not drifting:
         return _fits(worst, samples, figures)
-    which = ', layers="*"' if any(one.frozen for one in fits) else ""
     off = (
-        f"{len(drifting)} of {counted(len(fits), 'layer')} {'is' if len(drifting) == 1 else 'are'} off, {worst.name} "
-        f"most: by {'more than ' if worst.apart > worst.extent else ''}{number(worst.extent)} standard deviations over its channels, the measured deviation "
-        f"{number(worst.ratio)} times the stored one"
+        f"{len(drifting)} of {counted(len(fits), 'layer')} {'does' if len(drifting) == 1 else 'do'} not fit the data, "
+        f"worst {worst.name!r}: off by {'more than ' if worst.apart > worst.extent else ''}{number(worst.extent)} "
+        f"standard deviations (root mean square over its channels), with {number(worst.ratio)} times the stored "
+        f"standard deviation"
     )
     if without_effect := _without_effect(diagnosis):
-        return Advice("leave", f"{off}; but {without_effect}: the other weights fit what is stored", "", figures)
+        return Advice("leave", f"{off}. But {without_effect}: the weights fit what is stored", "", figures)
     if _elsewhere(worst) and left <= HOPELESS:
-        reason = f"{off}. The data is where training never was: of the stored statistics nothing is worth keeping"
-        how = f"bntools.reset(model{which}); bntools.recalibrate(model, batches{which})"
-        return Advice("reset", reason, how, figures)
+        reason = f"{off}. Training never saw anything like this data: nothing of the stored statistics is worth keeping"
+        line, command = lines.resetting(diagnosis)
+        return Advice("reset", reason, line, figures, command)
     if _other_content(fits, worst):
         reason = (
             f"{off}, while the first layer fits ({number(fits[0].extent)}): the data looks as in training, and varies "
-            f"less in deep layers, as where it holds fewer classes. Statistics of some classes are no better for all; "
-            f"if the data does hold them all, recalibrate"
+            f"less in deep layers, as data of only some classes does. Statistics of some classes do not suit the "
+            f"others; if the data holds all classes, recalibrate"
         )
-        return Advice("freeze", reason, _frozen(diagnosis), figures)
+        return Advice("freeze", reason, lines.freezing(diagnosis), figures)
     if left > HOPELESS:
         return _too_few(diagnosis, left, figures)
-    return _measure_anew(off, fits, samples, left, batch_size, which, figures)
-
-
-def _frozen(diagnosis: Diagnosis) -> str:
-    """The line that keeps the statistics; an ONNX file does not train."""
-    return "" if diagnosis.framework == "onnx" else "bntools.freeze(model, affine=False)"
+    return _measure_anew(diagnosis, off, fits, left, batch_size, figures)
 
 
 def _fits(worst: Fit, samples: int, figures: dict[str, float]) -> Advice:
     reason = (
-        f"the data fits: {worst.name} is off most, by {number(worst.extent)} standard deviations over its channels, "
-        f"where up to {number(max(MATTERS, CHANCE * worst.noise))} does not matter or may be chance "
+        f"the stored statistics fit the data: the layer that is farthest off, {worst.name!r}, is off by "
+        f"{number(worst.extent)} standard deviations (root mean square over its channels), and up to "
+        f"{number(max(MATTERS, CHANCE * worst.noise))} makes no difference or may be chance "
         f"({counted(samples, 'sample')}, standard error {number(worst.noise)} in the worst channel)"
     )
     return Advice("leave", reason, "", figures)
 
 
 def _measure_anew(
+    diagnosis: Diagnosis,
     off: str,
     fits: Sequence[Fit],
-    samples: int,
     left: float,
     batch_size: int | None,
-    which: str,
     figures: dict[str, float],
 ) -> Advice:
     """A real drift: how much the samples suffice for decides between new statistics and a blend."""
+    samples = diagnosis.samples
     if left <= ENOUGH:
         enough = [needed(samples, left, target) for target in GOALS]
         reason = (
-            f"{off}, and {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel; for "
-            f"{GOALS[0]:.0%} of a standard deviation {enough[0]:,} are enough, for {GOALS[1]:.0%} {enough[1]:,}"
+            f"{off}. {counted(samples, 'sample')} are enough to measure its means anew to within {number(left)} "
+            f"standard deviations (standard error, worst channel); about {enough[0]:,} give {GOALS[0]:g}, about "
+            f"{enough[1]:,} give {GOALS[1]:g}"
         )
         figures |= {"samples_5_percent": float(enough[0]), "samples_1_percent": float(enough[1])}
-        return Advice("recalibrate", reason, f"bntools.recalibrate(model, batches{which})", figures)
+        line, command = lines.recalibrating(diagnosis)
+        return Advice("recalibrate", reason, line, figures, command)
     # The least expected square error of a blend of values known up to ``noise`` and ones that are off by ``extent``.
     prior = max(1, round(samples * sum(one.noise**2 for one in fits) / sum(one.extent**2 for one in fits)))
     momentum = _momentum(samples, left, batch_size)
     reason = (
-        f"{off}, but {counted(samples, 'sample')} leave {number(left)} to chance in the worst channel: weigh what is "
-        f"stored as {counted(prior, 'sample')}. Or let training move it, {_in_words(momentum, batch_size)}; for new "
-        f"statistics alone {needed(samples, left, ENOUGH):,} samples are enough"
+        f"{off}. But {counted(samples, 'sample')} measure new means only to within {number(left)} standard deviations "
+        f"(standard error, worst channel): keep what is stored in the average, as {counted(prior, 'sample')}. Or let "
+        f"training move the statistics, {_in_words(momentum, batch_size)}. From about "
+        f"{needed(samples, left, ENOUGH):,} samples on, recalibrate without the stored ones"
     )
     figures |= {"prior": float(prior), "momentum": momentum}
-    return Advice("adapt", reason, f"bntools.recalibrate(model, batches, prior={prior}{which})", figures)
+    line, command = lines.recalibrating(diagnosis, prior=prior)
+    return Advice("adapt", reason, line, figures, command)
 
 
 def _follow(
@@ -122,27 +122,28 @@ def _follow(
     momentum = _momentum(diagnosis.samples, left, batch_size)
     memory = needed(diagnosis.samples, left, FOLLOWS)
     reason = (
-        f"the data moves as it goes: its halves are {number(look)} standard deviations from the whole at the first "
-        f"layer. Let the statistics follow, with a memory of some {memory:,} samples: in training "
-        f"{_in_words(momentum, batch_size)}. (Are the halves two domains? Then give them as domains=)"
+        f"the data changes as it goes: its halves are {number(look)} standard deviations from the whole at the first "
+        f"layer. Let the statistics follow, remembering some {memory:,} samples; in training "
+        f"{_in_words(momentum, batch_size)}. If the halves are two domains instead, give each its own statistics"
     )
     figures |= {"look": look, "momentum": momentum, "half_life": float(memory)}
-    how = f'bntools.adapt(model, prior={max(1, memory // 10)}, layers="*", half_life={memory})'
-    if diagnosis.framework in ("keras", "onnx"):
-        how = f"bntools.recalibrate(model, latest, prior={memory})  # now and then, on the latest batches"
-    return Advice("adapt", reason, how, figures)
+    line, command = lines.following(diagnosis, memory)
+    return Advice("adapt", reason, line, figures, command)
 
 
 def _too_few(diagnosis: Diagnosis, noise: float, figures: dict[str, float]) -> Advice:
     samples = diagnosis.samples
     if math.isfinite(noise) and samples >= 2:
         enough = max(needed(samples, noise, ENOUGH), FEWEST)
-        more = f"leave {number(noise)} standard deviations to chance in the worst channel; about {enough:,} would do"
+        more = f"measure means to within {number(noise)} standard deviations only; about {enough:,} would do"
         figures |= {"samples_needed": float(enough)}
     else:
-        more = "have no standard error; give some dozens"
-    reason = f"{counted(samples, 'sample')} are too few to tell: they {more}. Until then keep what is stored"
-    return Advice("freeze", reason, _frozen(diagnosis), figures)
+        more = "do not even tell how uncertain they are; some dozens would do"
+    one = samples == 1
+    reason = (
+        f"{counted(samples, 'sample')} {'is' if one else 'are'} too few: so few {more}. Until then keep what is stored"
+    )
+    return Advice("freeze", reason, lines.freezing(diagnosis), figures)
 
 
 def _all_the_same(diagnosis: Diagnosis, figures: dict[str, float]) -> Advice:
@@ -151,7 +152,7 @@ def _all_the_same(diagnosis: Diagnosis, figures: dict[str, float]) -> Advice:
         f"the {diagnosis.samples:,} samples are all the same to the model: no channel's mean differs between them. "
         f"Check how the data is read; until then keep what is stored"
     )
-    return Advice("freeze", reason, _frozen(diagnosis), figures)
+    return Advice("freeze", reason, lines.freezing(diagnosis), figures)
 
 
 def _elsewhere(worst: Fit) -> bool:
@@ -179,7 +180,9 @@ def _without_effect(diagnosis: Diagnosis) -> str:
     if whole.agreement is None:
         same = f"eval mode's outputs are within {percent(whole.error)} of those with the data's own statistics"
         return same if whole.error <= CLOSE else ""
-    same = f"eval mode and the data's own statistics agree on {percent(whole.agreement)} of the samples"
+    same = (
+        f"stored statistics and the data's own give {percent(whole.agreement)} of the samples the same largest output"
+    )
     return same if whole.agreement >= AGREES else ""
 
 
