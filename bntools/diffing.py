@@ -28,8 +28,8 @@ class LayerDiff:
 
     ``mean_shift`` is b's mean minus a's in standard deviations of a, ``std_ratio`` b's standard deviation over a's,
     both of shape (features,); ``drift`` is the largest over the channels of ``abs(mean_shift)`` and
-    ``abs(std_ratio - 1)``, infinite where statistics differ that are not all finite. These are None, None and NaN where one
-    side keeps no statistics or features differ.
+    ``abs(std_ratio - 1)``, infinite where statistics differ that are not all finite. These are None, None and NaN
+    where one side keeps no statistics or features differ.
     ``scale`` and ``shift`` are the largest absolute differences of the affine parameters, None where one side does not
     tell. ``changes`` says in words what differs, and is empty for a layer that is the same.
     """
