@@ -96,7 +96,7 @@ class Watch:
             drift = distance(layer.stats, (mean, var), layer.eps)
             figures |= {f"bn/{layer.name}/drift": drift}
             figures |= {f"bn/{layer.name}/mean": float(mean.mean()), f"bn/{layer.name}/variance": float(var.mean())}
-        worst = max(figures[f"bn/{name}/drift"] for name in self.layers)
+        worst = float(np.max([figures[f"bn/{name}/drift"] for name in self.layers]))  # NaN if one of them is
         self.figures = {"bn/drift": worst, **figures}
         assert self._log is not None
         self._log(self.figures, number)

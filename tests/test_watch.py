@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +86,27 @@ def stop_at(model, step, breaks, **options):
             model.train()(torch.randn(4, 3))
             watch.step()
     return watch
+
+
+def test_the_largest_drift_is_nan_where_one_is():
+    """A layer that broke is not outshone by one before it that did not."""
+    model, seen = cnn(), []
+    with bntools.watch(model, every=1, log=lambda figures, step: seen.append(figures["bn/drift"]), stop=False) as watch:
+        model[4].running_mean[1] = torch.nan
+        watch.step()
+    assert np.isnan(seen).all()
+
+
+def test_a_model_that_is_copied_or_saved_before_the_first_step():
+    """A copy, an average of weights for one, is not watched and can be saved; the model itself after its first step."""
+    model = cnn()
+    with bntools.watch(model) as watch:
+        pickle.dumps(copy.deepcopy(model))
+        with pytest.raises(BntoolsError, match=r"bntools\.watch looks at the model's first training step"):
+            pickle.dumps(model)
+        train_step(model)
+        watch.step()
+        pickle.dumps(model)
 
 
 def test_stopping_can_be_left_out():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bntools.backends.torch.hooks import Hook
 from bntools.backends.torch.layers import modules, unwrap
 from bntools.backends.torch.measuring import moments_of
 from bntools.backends.torch.normalizing import is_stock
@@ -20,6 +21,8 @@ from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Moments
 from bntools.past import Past
+
+REFUSAL = "the model adapts to its batches: undo bntools.adapt before it is pickled or saved whole"
 
 
 def adapt(
@@ -59,26 +62,6 @@ class _Layer:
         self.module.running_var.copy_(statistics[1])
 
 
-class _Hook:
-    """A hook on one module. In a copy of the module it does nothing, and it is not to be pickled."""
-
-    def __init__(self, call: Callable[..., None]):
-        self._call = call
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        self._call(module, *args)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing
-
-    def __reduce__(self) -> Any:
-        raise BntoolsError("the model adapts to its batches: undo bntools.adapt before it is pickled or saved whole")
-
-
-def _nothing(*_: Any) -> None:
-    """What a copied hook does."""
-
-
 class _Stream:
     """The passes of one model, one after the other, each whole or not at all."""
 
@@ -87,9 +70,11 @@ class _Stream:
         self._touched: dict[_Layer, tuple[Past, list[torch.Tensor]]] = {}
         self._thread: int | None = None  # the one that has a pass under way
         self._outer: BaseException | None = None  # what was being handled when the pass began
-        hooks = [layer.module.register_forward_pre_hook(_Hook(partial(self._arrive, layer))) for layer in layers]
-        begin = model.register_forward_pre_hook(_Hook(self._begin), prepend=True)
-        end = model.register_forward_hook(_Hook(self._end), always_call=True)
+        hooks = [
+            layer.module.register_forward_pre_hook(Hook(partial(self._arrive, layer), REFUSAL)) for layer in layers
+        ]
+        begin = model.register_forward_pre_hook(Hook(self._begin, REFUSAL), prepend=True)
+        end = model.register_forward_hook(Hook(self._end, REFUSAL), always_call=True)
         self._hooks = [*hooks, begin, end]
 
     def samples(self) -> float:
@@ -175,5 +160,5 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise BntoolsError(
             f"layer {name!r} cannot adapt: what a {type(module).__name__} normalizes is not known to be its input"
         )
-    if any(isinstance(hook, _Hook) for hook in module._forward_pre_hooks.values()):
+    if any(getattr(hook, "refusal", None) == REFUSAL for hook in module._forward_pre_hooks.values()):
         raise BntoolsError(f"layer {name!r} adapts already: undo that first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bntools.backends.torch.hooks import Hook
 from bntools.backends.torch.layers import modules
+
+REFUSAL = "bntools.watch looks at the model's first training step: pickle or save it whole before or after that"
 
 
 class Reading:
@@ -49,7 +52,14 @@ class Observer:
         self._hooks: list[RemovableHandle] = []
         if not any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
             # Compiled code would be compiled anew for these hooks.
-            self._hooks = [found[name].register_forward_pre_hook(_noting(self._order, name)) for name in names]
+            self._hooks = [found[name].register_forward_pre_hook(self._noting(name)) for name in names]
+
+    def _noting(self, name: str) -> Hook:
+        def note(*_: Any) -> None:
+            if name not in self._order:
+                self._order.append(name)
+
+        return Hook(note, REFUSAL)
 
     def peaks(self) -> Reading:
         """The largest magnitude in each layer's statistics, of shape (layers,): NaN or Inf if one of them is."""
@@ -88,11 +98,3 @@ def _alike(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors on one device and in one dtype, float32 or more."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return [tensor.to(tensors[0].device, dtype) for tensor in tensors]
-
-
-def _noting(order: list[str], name: str) -> Callable[..., None]:
-    def note(*_: Any) -> None:
-        if name not in order:
-            order.append(name)
-
-    return note
