@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import arguments, diagnosis, loading, output, progress, reporting
+from . import advised, arguments, diagnosis, loading, output, progress, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -73,6 +73,7 @@ def command(
     histograms = histograms or (_ends(loaded, layers) if html else ())
     output.say(f"{data}: {batches.description}", quiet=as_json)
     found = _diagnose(loaded, data, batches, reading, layers, histograms, training_batch, as_json)
+    found = advised.typed(found, model, data)
     reporting.write(html, found, {"model": str(model), "data": f"{data}: {batches.description}"})
     if as_json:
         figures = diagnosis.figures(found)

@@ -131,6 +131,20 @@ def test_with_data_as_json(run, desk):
     assert found["advice"][0]["action"]
 
 
+def test_the_lines_of_an_advice_can_be_typed(run, desk):
+    """An advice names the command with model, data and options as given, in text and JSON, and it runs."""
+    model = torch.load("model.pt", weights_only=False)
+    model[1].running_mean[0] = torch.nan
+    save(model, "my model.pt")
+    outcome = run("inspect 'my model.pt' data --size 8 --batch-size 20 --max-samples 30 --layers 1 --layers 4")
+    line = "bntools recalibrate 'my model.pt' data --layers 1 --layers 4 --size 8 --batch-size 20"
+    assert f"       {line}" in outcome.out.splitlines()
+    assert run(line.removeprefix("bntools ")).status == 0
+    assert torch.isfinite(torch.load("my model.recalibrated.pt", weights_only=False)[1].running_mean).all()
+    found = json.loads(run("inspect 'my model.pt' data --json").out)
+    assert found["advice"][0]["how"] == "bntools recalibrate 'my model.pt' data"
+
+
 @pytest.mark.parametrize("option", ["--histogram 1", "--training-batch 8", "--to-inference"])
 def test_options_that_need_data(run, desk, option):
     """What only a diagnosis has a use for is a usage error without data."""
