@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bntools
-from bntools.diagnosis import scalings
+from bntools.diagnosis import scalings, wild
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,22 @@ def test_all_the_same(images):
         found = first(same)
         assert found.action == "freeze"
         assert "all the same" in found.reason
+
+
+@pytest.mark.parametrize("place", [5, 150])
+def test_a_few_wild_images(images, place):
+    """One image that was not divided by 255 is left out by the line given; the others are not divided for its sake."""
+    broken = images.copy()
+    broken[place] *= 255
+    found = first(broken)
+    assert found.action == "preprocess"
+    assert "1 of 200 images" in found.reason
+    mended = {"np": np, "images": broken}
+    exec(found.how, mended)
+    np.testing.assert_array_equal(mended["images"], np.delete(images, place, 0))
+
+
+def test_many_wild_images(images):
+    """Half of the images in another range is no few."""
+    assert wild.limit([images]) is None
+    assert wild.limit([np.concatenate([images, images * 255])]) is None

@@ -14,7 +14,7 @@ import numpy as np
 
 from bntools import backends
 from bntools.batches import Batch, count
-from bntools.diagnosis import scalings
+from bntools.diagnosis import scalings, wild
 from bntools.diagnosis.pieces import sliced
 from bntools.diagnosis.records import Preprocessing
 from bntools.errors import BntoolsError
@@ -40,13 +40,17 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
 
     ``model`` is what the back end's ``edit`` gives, with the statistics to which the data is compared; ``contents`` are
     batches as the back end takes them, of which the first MOST samples are used. How the pixels came is inferred from
-    their range alone. Empty for data that is not one input of images, (N, 1 or 3, H, W) or (N, H, W, 1 or 3), for a
-    range that fits nothing known, and where the first layer's statistics are not finite.
+    their range alone. Where the values of a few images are wild, all data with and without these are compared instead.
+    Empty for data that is not one input of images, (N, 1 or 3, H, W) or (N, H, W, 1 or 3), for a range that fits
+    nothing known, and where the first layer's statistics are not finite.
     """
+    contents = list(contents)
     batches = _first(contents)
     if not batches or any(_images(batch) is None for batch in batches):
         return []
     first = _First(model, forward)
+    if (tamed := _tamed(first, contents)) is not None:
+        return tamed
     given = first.drift(batches)
     if given is None:
         return []
@@ -76,6 +80,23 @@ def better(preprocessing: Iterable[Preprocessing]) -> tuple[Preprocessing, Prepr
         return None
     best = looks[0].drift
     return (given, looks[0]) if best < min(FITS, BETTER * given.drift) or best < FAR * given.drift else None
+
+
+def _tamed(first: _First, contents: list[Any]) -> list[Preprocessing] | None:
+    """All data as given and without the few images whose values are wild; None where there are none."""
+    batches = [batch for batch in contents if count(batch)]
+    images = [found for batch in batches if (found := _images(batch)) is not None]
+    bound = wild.limit(images) if len(images) == len(batches) else None
+    if bound is None:
+        return None
+    calm = [one[wild.peak(one) <= bound] for one in images]
+    given = first.drift(batches)
+    rest = first.drift([_with(batch, some) for batch, some in zip(batches, calm, strict=True) if len(some)])
+    if given is None or rest is None:
+        return None
+    how = f"images = images[np.abs(images).max(axis=(1, 2, 3)) <= {bound:g}]"
+    found = [Preprocessing("as given", given, given=True), Preprocessing(wild.told(images, bound), rest, how=how)]
+    return sorted(found, key=lambda one: one.drift)
 
 
 class _First:
