@@ -175,6 +175,18 @@ def test_passes_of_bntools_leave_an_adapting_model_alone():
         assert adaptation.samples == 4
 
 
+def test_a_model_that_moved_to_another_device_is_told():
+    """What a layer remembers lies where it began; moved back, the model has its statistics again."""
+    model = cnn().eval()
+    before = model[1].running_mean.clone()
+    adaptation = bntools.adapt(model, prior=4, layers="*")
+    model[0].to("meta")
+    with pytest.raises(BntoolsError, match="layer '1' runs on meta, and began to adapt on cpu"):
+        model(torch.randn(2, 3, 8, 8, device="meta"))
+    adaptation.undo()
+    assert torch.equal(model[1].running_mean, before)
+
+
 def test_a_second_thread_is_refused_while_a_pass_is_under_way():
     """It gets a clear error and disturbs nothing; afterwards it may run."""
     model, errors = source(), []

@@ -47,6 +47,7 @@ class _Layer:
         self.name, self.module, self.past = name, module, past
         self.before = [module.running_mean.clone(), module.running_var.clone()]
         mean, var = (values.detach().double() for values in self.before)
+        self.device = mean.device
         host = mean.device.type == "cpu"
         self.stored = Moments.from_variance(prior, *((mean.numpy(), var.numpy()) if host else (mean, var)))
 
@@ -109,6 +110,11 @@ class _Stream:
         if module.training or runs_for_bntools() or not args or not args[0].numel():
             return
         self._check_thread()
+        if args[0].device != layer.device:  # where what it remembers is
+            raise BntoolsError(
+                f"layer {layer.name!r} runs on {args[0].device}, and began to adapt on {layer.device}: undo "
+                f"bntools.adapt, move the model, and adapt it there"
+            )
         measured = moments_of(args[0])
         past = layer.past.after(Moments.from_variance(len(args[0]), measured.mean, measured.var))
         statistics = layer.statistics(past)
