@@ -85,7 +85,7 @@ def better(preprocessing: Iterable[Preprocessing]) -> tuple[Preprocessing, Prepr
 def _tamed(first: _First, contents: list[Any]) -> list[Preprocessing] | None:
     """All data as given and without the few images whose values are wild; None where there are none."""
     batches = [batch for batch in contents if count(batch)]
-    images = [found for batch in batches if (found := _images(batch)) is not None]
+    images = [image for batch in batches if (image := _images(batch)) is not None]
     bound = wild.limit(images) if len(images) == len(batches) else None
     if bound is None:
         return None
