@@ -11,6 +11,7 @@ Severity = Literal["noise", "small", "clear", "large", "severe"]
 # Upper bounds of a drift in standard deviations. Below 0.1 a trained network's accuracy hardly moves; at 2 most values
 # of a channel are where training hardly ever saw one.
 BOUNDS: tuple[tuple[float, Severity], ...] = ((0.1, "small"), (0.5, "clear"), (2.0, "large"))
+WORSE = 0.05  # of the outputs' error: what a layer adds to it beyond that is said
 PER_ERROR = 3.0  # a drift below this many standard errors of the measured mean may be chance: it is the worst of many
 
 
@@ -60,6 +61,13 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def mended(gap: float | None) -> str:
+    """How much of the outputs' error one layer's new statistics mend alone; a dash where that was not measured."""
+    if gap is None:
+        return "-"
+    return "worse" if gap < -WORSE else f"{max(gap, 0.0):.0%}"
 
 
 def sentence(said: str) -> str:

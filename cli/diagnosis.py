@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bntools.words import Severity, counted, number, percent, severity, shortened
+from bntools.words import Severity, counted, mended, number, percent, severity
 
 from . import output
 
@@ -24,16 +24,18 @@ STYLES: dict[Severity, str] = {
     "large": "red",
     "severe": "bold red",
 }
-HEADERS = ("layer", "drift", "+-", "ch", "mean", "std", "KL", "gap")
+HEADERS = ("layer", "drift", "+-", "ch", "mean", "std", "KL", "fixes")
 LEGEND = """\
-+-   standard error of the measured mean, in the channel where it is largest
-ch   the channel that leads: the shift of its mean, the ratio of its standard
-     deviations, measured to stored, and its divergence (KL) in nats
-gap  share of the outputs' change by new statistics that the layer brings alone"""
+drift  how far the worst channel is off: its mean, or the relative change of its
+       standard deviation (std)
++-     uncertainty of the measured means: their largest standard error
+ch     that worst channel: by how much its mean is off, its std as a multiple of
+       the stored one, and the divergence of the two Gaussians (KL, nats)
+fixes  how much of the outputs' error goes if this layer alone gets its measured
+       statistics; worse: that alone makes the outputs worse"""
 MOST = 20  # layers in the table of a terminal
-BETWEEN = 3  # blanks between columns of a terminal's table
+SAME = 1e-4  # of the outputs' size: float32 rounds by less
 LOOKS = 4  # preprocessings that are shown
-SHORTEST = 16  # characters of a layer's name that are always left
 
 
 def show(found: Diagnosis) -> None:
@@ -84,13 +86,8 @@ def _figures(layer: LayerDrift) -> dict[str, Any]:
 
 
 def _print_layers(layers: list[LayerDrift]) -> None:
-    cells = [_cells(layer) for layer in layers]
     styles = [STYLES[severity(layer.drift, layer.standard_error)] for layer in layers]
-    if sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(HEADERS, *cells, strict=True)]
-        left = shutil.get_terminal_size().columns - 2 - sum(width + BETWEEN for width in widths[1:])
-        cells = [(shortened(name, max(SHORTEST, left)), *others) for name, *others in cells]
-    output.table(HEADERS, cells, most=MOST, styles=styles)
+    output.table(HEADERS, [_cells(layer) for layer in layers], most=MOST, styles=styles)
 
 
 def _cells(layer: LayerDrift) -> tuple[str, ...]:
@@ -103,7 +100,7 @@ def _cells(layer: LayerDrift) -> tuple[str, ...]:
         f"{'-' if lead.mean < 0 else '+'}{_brief(abs(lead.mean))}",
         f"x{_brief(lead.ratio)}",
         _brief(lead.kl),
-        "-" if layer.gap is None else f"{layer.gap:.0%}",
+        mended(layer.gap),
     )
 
 
@@ -114,14 +111,15 @@ def _brief(value: float) -> str:
 
 def _print_outputs(found: Diagnosis) -> None:
     if found.modes:
-        click.echo("eval mode against train mode, on the same samples:")
+        click.echo("outputs in eval mode against train mode, on the same samples, by batch size:")
         rows = [
-            ["all" if one.batch_size is None else str(one.batch_size), number(one.error), percent(one.agreement)]
+            ["all" if one.batch_size is None else str(one.batch_size), percent(one.error), percent(one.agreement)]
             for one in found.modes
         ]
-        output.table(["batch size", "error / scale", "same largest output"], rows)
+        output.table(["batch size", "largest difference", "same largest output"], rows)
     if found.alone is not None:
-        click.echo(f"a sample by itself and in a batch: outputs differ by {found.alone:.1e} of their scale")
+        alone = "the same, up to rounding" if found.alone < SAME else f"off by {percent(found.alone)} of their size"
+        click.echo(f"outputs of a sample by itself and in a batch: {alone}")
 
 
 def _print_data(found: Diagnosis) -> None:
@@ -130,12 +128,15 @@ def _print_data(found: Diagnosis) -> None:
         shown = [look for i, look in enumerate(found.preprocessing) if i < LOOKS or look.given]
         output.table(["preprocessing", "drift"], [[look.name, number(look.drift)] for look in shown])
     if found.domains:
-        click.echo("parts of the data against all of it:")
+        click.echo("parts of the data against all of it, in standard deviations (by chance):")
         rows = [
-            [one.name, f"{one.samples:,}", number(one.drift), number(one.noise), number(one.look)]
+            [
+                *(one.name, f"{one.samples:,}", f"{number(one.look)} ({number(one.look_noise)})"),
+                f"{number(one.drift)} ({number(one.noise)})",
+            ]
             for one in found.domains
         ]
-        output.table(["part", "samples", "drift", "by chance", "first layer"], rows)
+        output.table(["part", "samples", "first layer", "worst layer"], rows)
 
 
 def _print_advice(found: Diagnosis) -> None:

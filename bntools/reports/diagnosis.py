@@ -93,7 +93,7 @@ def _table(found: Diagnosis, layers: list[Drift]) -> Section:
     place = {id(drift): index for index, drift in enumerate(layers, 1)}
     gaps = any(one.gap is not None for one in found.layers)
     headers = ["layer", "place", "channels", "drift, std", "± se", "largest mean shift, std", "std ratio", "KL, nats"]
-    headers += ["share of the output's gap"] if gaps else []
+    headers += ["fixes of the outputs' error"] if gaps else []
     headers += ["channels that lead: shift, std ratio", "dead channels"]
     problems = any(one.layer.problems for one in found.layers)
     headers += ["problems"] if problems else []
@@ -102,6 +102,11 @@ def _table(found: Diagnosis, layers: list[Drift]) -> Section:
         "Worst first; place is the layer's place in the model. KL is the divergence of the measured Gaussian from the "
         "stored one, in its worst channel. A dead channel does not vary."
     )
+    if gaps:
+        explanation += (
+            " What a layer fixes is the share of the outputs' error that goes if it alone gets its measured "
+            "statistics; worse: alone they make the outputs worse."
+        )
     return Section("table", "All layers", explanation, table("All layers", headers, rows))
 
 
@@ -118,7 +123,7 @@ def _row(one: LayerDrift, drift: Drift, place: int, gaps: bool, problems: bool) 
         words.number(float(one.kl.max(initial=0.0))),
     ]
     if gaps:
-        cells.append(words.percent(one.gap))
+        cells.append(words.mended(one.gap))
     cells += [drifts.leading(drift.channels), f"{len(one.dead):,}" if one.dead else ""]
     return [*cells, tag("span", {"class": "wide"}, "; ".join(one.layer.problems))] if problems else cells
 

@@ -106,10 +106,10 @@ def test_with_data(run, desk):
     described, measured, header, *rows = outcome.out.splitlines()
     assert described.startswith("data: 40 images 1x8x8; scaled to 0..1")
     assert measured.startswith("3 BN layers measured on 40 samples")
-    assert header.split() == ["layer", "drift", "+-", "ch", "mean", "std", "KL", "gap"]
+    assert header.split() == ["layer", "drift", "+-", "ch", "mean", "std", "KL", "fixes"]
     drifts = [float(row.split()[1].replace(",", "")) for row in rows[:3]]
     assert drifts == sorted(drifts, reverse=True)
-    assert "eval mode against train mode, on the same samples:" in rows
+    assert "outputs in eval mode against train mode, on the same samples, by batch size:" in rows
     assert [row.split()[:2] for row in rows if row.startswith("roll-")] == [["roll-1", "25"], ["roll-2", "15"]]
     assert any(row.startswith("1. ") for row in rows)
     assert any("problems in 3 of 3 layers" in row for row in rows)
