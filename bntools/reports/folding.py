@@ -44,15 +44,7 @@ def _network(result: Folded | Exported) -> Section | None:
         if not groups or groups[-1][0] != parent:
             groups.append((parent, []))
         groups[-1][1].append(one)
-    rows = (
-        tag(
-            "li",
-            None,
-            _heading(parent),
-            tag("div", {"class": "norms"}, *(_norm(one, parent, result) for one in having)),
-        )
-        for parent, having in groups
-    )
+    rows = (tag("li", None, _heading(parent), _norms(having, parent, result)) for parent, having in groups)
     explanation = (
         "The BN layers in the order in which they stand in the model, block by block. A filled one is part of the "
         "weights it names; a dashed one is still there, and says why."
