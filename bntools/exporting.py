@@ -113,6 +113,8 @@ def export(
     path = _onnx_path(path)
     backend, onnx = backends.of(model), backends.backend("onnx")
     onnx.require(providers)
+    if hasattr(backend, "require_exporter"):
+        backend.require_exporter()
     model = backend.edit(model)
     example = backends.canonical(model, example)
     runner = backend.runners(model)[0]

@@ -35,6 +35,7 @@ _HOME = {
     "observer": "observing",
     "predict": "running",
     "preprocessing": "applications",
+    "require_exporter": "shipping",
     "reset": "editing",
     "runners": "tracing",
     "save": "files",

@@ -22,6 +22,15 @@ from bntools.noise import brief, caught
 EXPORTERS = ("keras", "keras-plain")
 
 
+def require_exporter() -> None:
+    """Raise BntoolsError where Keras runs on what none of EXPORTERS exports from."""
+    if keras.backend.backend() not in ("tensorflow", "torch"):
+        raise BntoolsError(
+            f"Keras runs on {keras.backend.backend()}, from where BN cannot be exported as it is: save the model, "
+            f"and export it with KERAS_BACKEND=tensorflow or torch (nothing was written)"
+        )
+
+
 def export(
     model: keras.Model, example: Any, path: Path, *, exporter: str, other: Any = None, opset: int | None = None
 ) -> dict[str, dict[int, str]]:
@@ -35,11 +44,6 @@ def export(
 
     Raises BntoolsError where the exporter fails, OSError where the file cannot be written.
     """
-    if keras.backend.backend() not in ("tensorflow", "torch"):
-        raise BntoolsError(
-            f"Keras runs on {keras.backend.backend()}, from where BN cannot be exported as it is: save the model, "
-            f"and export it with KERAS_BACKEND=tensorflow or torch"
-        )
     _check_dtypes(model)
     inputs, keys = specs(model, example, other)
     plain = exporter == "keras-plain"

@@ -214,6 +214,16 @@ def test_bfloat16_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="Keras has text layers on TensorFlow alone")
+def test_jax_is_refused_once(tmp_path, monkeypatch):
+    """From where neither exporter can export, that is said once, before anything runs."""
+    model = functional()
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(BntoolsError) as caught:
+        bntools.export(model, tmp_path / "model.onnx", IMAGES)
+    assert str(caught.value).startswith("Keras runs on jax, from where BN cannot be exported as it is: save the model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_strings_are_refused(tmp_path):
     """A model that begins with text is to be exported behind its text layers."""
     text = kl.TextVectorization(vocabulary=["a", "b"], output_sequence_length=3)
