@@ -15,8 +15,9 @@ from bntools.batches import Source
 from bntools.course import largest, standard_error
 from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm, Selection, select
+from bntools.measured import Measured
 from bntools.moments import Moments
-from bntools.replicas import Measured, Order, virtual_batch
+from bntools.replicas import Order, virtual_batch
 
 PILOT = 64  # samples from which a first standard error is taken
 SPARE = 0.6  # of the memory: activations come and go, and an allocator's gaps took up to half as much more (glibc 2.36)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from bntools.layer import BatchNorm
-from bntools.replicas import Measured
+from bntools.measured import Measured
 
 SUSPECT = 0.01  # a residual that rounding does not explain; half precision stays below
 

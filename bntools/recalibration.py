@@ -16,10 +16,11 @@ from bntools.course import convergence
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, distance
+from bntools.measured import Measured
 from bntools.measurement import Job, Progress, check_positive, exact, targets
 from bntools.moments import Moments
 from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
-from bntools.replicas import Measured, one_by_one
+from bntools.replicas import one_by_one
 
 METHODS = ("exact", "precise", "ema")
 FEW = 4  # samples on which two memory layouts are compared

@@ -18,8 +18,8 @@ from bntools.diagnosis.sampling import Sample, sampled
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection
+from bntools.measured import Measured
 from bntools.measurement import Job, Progress, check_positive, exact, targets
-from bntools.replicas import Measured
 
 SAMPLES = 256  # on which outputs are compared
 AT_ONCE = 8  # times the largest layer's input is about what one forward pass holds
