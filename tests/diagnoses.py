@@ -41,7 +41,7 @@ def diagnosis(*names: str, features: int = 8, seed: int = 0) -> Diagnosis:
         modes=[ModeGap(1, 0.9, 0.4), ModeGap(32, 0.5, None), ModeGap(None, 0.47, 0.73)],
         alone=2e-7,
         preprocessing=[Preprocessing("as given", 0.6, True), Preprocessing("0..255", 418.0)],
-        domains=[Domain("site-a", 400, 0.05, 0.06), Domain("site-b", 800, 0.31, 0.06)],
+        domains=[Domain("site-a", 400, 0.05, 0.06), Domain("site-b", 800, 0.31, 0.06, 0.3, 0.05)],
         halves=[Domain("first half", 600, 0.02, 0.03), Domain("second half", 600, 0.02, 0.03)],
         convergence=[(2**power, 0.6 / 2 ** (power / 2)) for power in range(11)],
         untouched={"head.bn": "not selected by layers="},

@@ -126,7 +126,16 @@ def test_a_diagnosis_begins_with_what_to_do():
         "mean 0.",
     ]
     order += ["1,024 samples give 0.0187 std. 0.05 std is reached; 0.01 std would take about 3,600", "418 std"]
-    order += ["site-b", "0.31 std", "second half", "All layers", "25%", "one of the layers is frozen", "head.bn"]
+    order += [
+        "site-b",
+        "800 samples; first layer 0.3 std",
+        "0.31 std",
+        "second half",
+        "All layers",
+        "25%",
+        "one of the layers is frozen",
+        "head.bn",
+    ]
     place = 0
     for each in order:
         place = said.find(each, place)

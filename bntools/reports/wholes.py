@@ -62,11 +62,12 @@ def _parts(anchor: str, title: str, parts: Sequence[Domain]) -> Section | None:
     rows = []
     for one in parts:
         level = "noise" if one.drift <= one.noise else words.severity(one.drift)
-        count = words.counted(one.samples, "sample")
+        count = f"{words.counted(one.samples, 'sample')}; first layer {words.number(one.look)} std"
         rows.append(Bar(one.name, one.drift, f"{words.number(one.drift)} std", level, 0.0, one.noise, count))
     explanation = (
         "How far the statistics of each part are from those of all data: the root mean square over a layer's channels, "
         "in the layer where that is most. The dashed mark is what a part of that size would show by chance: a bar well "
-        "beyond it is a part that differs."
+        "beyond it is a part that differs. Where the first layer, too, is off, the part looks different, as from "
+        "another camera; where only deeper ones are, it holds other classes."
     )
     return Section(anchor, title, explanation, bars(title, rows, least=words.BOUNDS[0][0]))
