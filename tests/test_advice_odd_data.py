@@ -73,7 +73,17 @@ def test_a_few_wild_images(images, place):
     np.testing.assert_array_equal(mended["images"], np.delete(images, place, 0))
 
 
-def test_many_wild_images(images):
-    """Half of the images in another range is no few."""
-    assert wild.limit([images]) is None
-    assert wild.limit([np.concatenate([images, images * 255])]) is None
+def test_half_of_the_images_in_another_range(images):
+    """Two ranges in one data set: not all of it is divided."""
+    broken = images.copy()
+    broken[::2] *= 255
+    found = first(broken)
+    assert (found.action, "100 of 200 images" in found.reason) == ("preprocess", True)
+
+
+def test_black_images(images):
+    """Nearly black images among others make these no wild ones: a wrong range of all is still recognized."""
+    dark = images * 255
+    dark[::3] *= np.float32(1e-4)
+    assert wild.limit([dark]) is not None
+    assert first(dark).how == "images = images / 255"

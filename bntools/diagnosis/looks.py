@@ -40,21 +40,22 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
 
     ``model`` is what the back end's ``edit`` gives, with the statistics to which the data is compared; ``contents`` are
     batches as the back end takes them, of which the first MOST samples are used. How the pixels came is inferred from
-    their range alone. Where the values of a few images are wild, all data with and without these are compared instead.
-    Empty for data that is not one input of images, (N, 1 or 3, H, W) or (N, H, W, 1 or 3), for a range that fits
-    nothing known, and where the first layer's statistics are not finite.
+    their range alone. Where some images are of another magnitude, all data is compared with and without them, too;
+    with nothing else where the others fit. Empty for data that is not one input of images, (N, 1 or 3, H, W) or
+    (N, H, W, 1 or 3), for a range that fits nothing known, and where the first layer's statistics are not finite.
     """
     contents = list(contents)
     batches = _first(contents)
     if not batches or any(_images(batch) is None for batch in batches):
         return []
     first = _First(model, forward)
-    if (tamed := _tamed(first, contents)) is not None:
-        return tamed
+    found = _tamed(first, contents)
+    if better(found) and found[1].drift < FITS:  # what fits the first MOST samples need not fit all of two ranges
+        return found[::-1]
     given = first.drift(batches)
     if given is None:
         return []
-    found = [Preprocessing("as given", given, given=True)]
+    found = found or [Preprocessing("as given", given, given=True)]
     images = [_image_of(batch) for batch in batches]
     pixels = [np.reshape(last, (-1, last.shape[-1])) for last in map(_channels_last, images)]  # batches differ in size
     for name, change, how in _alternatives(np.concatenate(pixels), _leads(images[0])):
@@ -82,21 +83,20 @@ def better(preprocessing: Iterable[Preprocessing]) -> tuple[Preprocessing, Prepr
     return (given, looks[0]) if best < min(FITS, BETTER * given.drift) or best < FAR * given.drift else None
 
 
-def _tamed(first: _First, contents: list[Any]) -> list[Preprocessing] | None:
-    """All data as given and without the few images whose values are wild; None where there are none."""
+def _tamed(first: _First, contents: list[Any]) -> list[Preprocessing]:
+    """All data as given and without the images whose values are wild; empty where there are none."""
     batches = [batch for batch in contents if count(batch)]
     images = [image for batch in batches if (image := _images(batch)) is not None]
     bound = wild.limit(images) if len(images) == len(batches) else None
     if bound is None:
-        return None
+        return []
     calm = [one[wild.peak(one) <= bound] for one in images]
     given = first.drift(batches)
     rest = first.drift([_with(batch, some) for batch, some in zip(batches, calm, strict=True) if len(some)])
     if given is None or rest is None:
-        return None
+        return []
     how = f"images = images[np.abs(images).max(axis=(1, 2, 3)) <= {bound:g}]"
-    found = [Preprocessing("as given", given, given=True), Preprocessing(wild.told(images, bound), rest, how=how)]
-    return sorted(found, key=lambda one: one.drift)
+    return [Preprocessing("as given", given, given=True), Preprocessing(wild.told(images, bound), rest, how=how)]
 
 
 class _First:

@@ -1,4 +1,4 @@
-"""A few images whose values are of another magnitude than those of all others.
+"""Images whose values are of another magnitude than those of the others.
 
 One image in 0..255 among thousands in 0..1, or one hot pixel, decides a mean and a variance alone. No preprocessing of
 all images mends that, nor do other statistics: such images are left out, or read as the others are.
@@ -12,17 +12,16 @@ import numpy as np
 
 from bntools.words import number
 
-TIMES = 50  # the largest value of the median image: no camera and no light gives more where that fits its range
-FEW = 0.25  # of the images: more of them are a domain of their own
-ENOUGH = 8  # images, from which on some are few
+TIMES = 50  # the largest value of a usual image: no camera and no light gives more where that fits its range
+USUAL = 0.25  # of the images, by their largest value, are below the usual one: half of them may be in another range
+ENOUGH = 8  # images, from which on there is a usual one
 
 
 def limit(batches: Sequence[np.ndarray]) -> float | None:
-    """The magnitude above which images, (N, ...) each, are wild; None where none are, or not just a few."""
+    """The magnitude above which images, (N, ...) each, are wild; None where none are."""
     peaks = np.concatenate([peak(images) for images in batches])
-    bound = float(f"{TIMES * np.median(peaks):.3g}")
-    share = float(np.mean(peaks > bound))
-    return bound if bound > 0 and 0 < share <= FEW and len(peaks) >= ENOUGH else None
+    bound = float(f"{TIMES * np.quantile(peaks, USUAL):.3g}")
+    return bound if bound > 0 and len(peaks) >= ENOUGH and (peaks > bound).any() else None
 
 
 def peak(images: np.ndarray) -> np.ndarray:
