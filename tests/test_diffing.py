@@ -94,6 +94,8 @@ def test_every_other_part_of_a_layer_is_compared():
     b["four"] = nn.BatchNorm1d(4, track_running_stats=False)
     b["five"] = nn.BatchNorm1d(3)
     b["six"] = nn.BatchNorm1d(4, affine=False)
+    b["six"].running_mean += 3
+    b["six"].running_var *= 4
     found = bntools.diff(a, b)
     assert {layer.name: layer.changes for layer in found.worst()} == {
         "one": ("variance in 4 of 4 channels",),
@@ -101,11 +103,13 @@ def test_every_other_part_of_a_layer_is_compared():
         "three": ("eps 1e-05 against 0.001", "momentum 0.1 against 0.01"),
         "four": ("keeps statistics only in the first",),
         "five": ("4 channels against 3",),
+        "six": ("mean in 4 of 4 channels", "variance in 4 of 4 channels"),
     }
     assert found.layers[0].drift == pytest.approx(1, abs=1e-4)
     assert found.layers[0].std_ratio == pytest.approx(2, abs=1e-4)
+    assert found.layers[5].mean_shift == pytest.approx(3, abs=1e-4)  # in standard deviations of the first
     assert {layer.name for layer in found.worst()[:2]} == {"four", "five"}  # what cannot be compared comes first
-    assert found.drift == found.layers[0].drift
+    assert found.drift == found.layers[5].drift
 
 
 def test_layers_of_one_side_alone():

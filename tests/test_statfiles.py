@@ -120,6 +120,19 @@ def test_crafted_headers_are_refused(written, change, message):
         bntools.load_stats(path)
 
 
+def test_bytes_of_no_tensor_and_names_that_stand_twice_are_refused(written):
+    """Two readers could take such a file for different things."""
+    path, data = written
+    path.write_bytes(data + b"more")
+    with pytest.raises(bntools.BntoolsError, match="4 bytes belong to no tensor"):
+        bntools.load_stats(path)
+    length = int.from_bytes(data[:8], "little")
+    text = b'{"1.running_mean":{},' + data[9 : 8 + length]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(bntools.BntoolsError, match="a name stands in it twice"):
+        bntools.load_stats(path)
+
+
 def test_crafted_numbers_are_refused(written):
     """NaN and a negative variance are no statistics, whoever wrote the file."""
     path, data = written
