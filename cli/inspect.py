@@ -81,7 +81,8 @@ def command(
         output.as_json({"model": str(model), "input": batches.spec, **figures, "layers": records})
         return
     diagnosis.show(found)
-    _print_problems([layer.layer for layer in found])
+    if any(layer.layer.problems for layer in found):  # "no problems" below an advice would contradict it
+        _print_problems([layer.layer for layer in found])
     reporting.said(html, quiet=False)
 
 

@@ -103,6 +103,7 @@ def test_with_data(run, desk):
     before = contents(desk)
     outcome = run("inspect model.pt data")
     assert (outcome.status, outcome.err) == (0, "")
+    assert "no problems found" not in outcome.out
     described, measured, header, *rows = outcome.out.splitlines()
     assert described.startswith("data: 40 images 1x8x8; scaled to 0..1")
     assert measured.startswith("3 BN layers measured on 40 samples")
