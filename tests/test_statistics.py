@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 import onnx_files
@@ -97,12 +99,15 @@ def test_other_layers_are_refused_always(model):
 
 
 def test_another_eps_is_refused():
-    """What is divided by is part of what statistics fit."""
+    """What is divided by, and where the channels lie, is part of what statistics fit."""
     model = cnn()
     stats = bntools.statistics(model)
     model[4].eps = 1e-3
     with pytest.raises(bntools.BntoolsError, match=r"4 has eps=0\.001, and they were taken with eps=1e-05"):
         bntools.apply(model, stats)
+    elsewhere = replace(stats, layers=tuple(replace(layer, axis=3) for layer in stats))
+    with pytest.raises(bntools.BntoolsError, match="1 has its channels on axis 1, and they were taken with axis 3"):
+        bntools.apply(model, elsewhere)
 
 
 def test_the_digest_sees_every_weight_and_nothing_else():
