@@ -76,7 +76,7 @@ def test_no_number_of_epochs(after):
 
 def exact_mean(model):
     """The mean of what the BN layer of a network gets."""
-    return model.layers[0](X).numpy().astype(np.float64).mean(0)
+    return keras.ops.convert_to_numpy(model.layers[0](X)).astype(np.float64).mean(0)
 
 
 def test_recalibration_before_each_validation_and_never_twice():
@@ -151,7 +151,8 @@ class Means(keras.callbacks.Callback):
 
 def test_freezing_after_some_batches():
     """Counted over epochs, also where several run between two calls of a callback."""
-    for together, moving in ((1, 5), (2, 6)):
+    several = [(2, 6)] if keras.backend.backend() == "tensorflow" else []
+    for together, moving in [(1, 5), *several]:
         model, log = network(steps_per_execution=together), Means()
         fit(model, FreezeBatchNorm(5, unit="steps"), log, epochs=2, validate=False, batch_size=8)
         changed = [not np.array_equal(a, b) for a, b in pairwise(log.means)]

@@ -66,12 +66,17 @@ def place(made, tmp_path) -> Path:
     return Path(shutil.copytree(made / "model", tmp_path / "model"))
 
 
+def computed(model) -> np.ndarray:
+    """What a model gives for X."""
+    return keras.ops.convert_to_numpy(model(X, training=False))
+
+
 @pytest.mark.parametrize("name", ["model", "model.h5"])
 def test_rebuilt_by_keras_3(made, name):
     """The model computes what it computed in Keras 2, and the steps of its optimizer count as updates."""
     model = bntools.load(made / name)
     assert isinstance(model, keras.Model)
-    np.testing.assert_allclose(model(X, training=False), np.load(made / "expected.npy"), atol=1e-6)
+    np.testing.assert_allclose(computed(model), np.load(made / "expected.npy"), atol=1e-6)
     assert {layer.name: layer.updates for layer in bntools.inspect(model)} == {
         "first": 1,
         "inner.bn": 1,
@@ -91,8 +96,8 @@ def test_written_back_in_kind(place):
     assert (place / "saved_model.pb").read_bytes() == graph
     again = bntools.load(place)
     assert [layer.updates for layer in bntools.inspect(again)] == [9, 9, 9]
-    expected = np.array(model(X, training=False))
-    np.testing.assert_array_equal(np.array(again(X, training=False)), expected)
+    expected = computed(model)
+    np.testing.assert_array_equal(computed(again), expected)
     served = tf.saved_model.load(str(place)).signatures["serving_default"]
     np.testing.assert_allclose(next(iter(served(tf.constant(X)).values())), expected, atol=1e-6)
     assert sorted(each.name for each in place.parent.iterdir()) == ["model"]
@@ -104,9 +109,7 @@ def test_saved_under_another_name(place):
     bntools.save(model, place.with_name("new"))
     bntools.save(model, place.with_name("new.keras"))
     for name in ("model", "new", "new.keras"):
-        np.testing.assert_array_equal(
-            np.array(bntools.load(place.with_name(name))(X, training=False)), np.array(model(X, training=False))
-        )
+        np.testing.assert_array_equal(computed(bntools.load(place.with_name(name))), computed(model))
 
 
 def test_failed_write_leaves_the_folder(place, monkeypatch):
@@ -159,6 +162,7 @@ def test_without_a_keras_model(made):
         bntools.load(made / "own")
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's format")
 def test_exported_by_keras_3(tmp_path):
     """What model.export writes is a SavedModel without a Keras model."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])

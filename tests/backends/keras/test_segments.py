@@ -13,6 +13,8 @@ import pytest
 import bntools
 from bntools.backends.keras import feeding, segments
 
+COMPILED = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="nothing is compiled elsewhere")
+
 
 @pytest.fixture(autouse=True)
 def traced_at_once(monkeypatch):
@@ -30,6 +32,7 @@ def tracings(monkeypatch):
     return count
 
 
+@COMPILED
 def test_a_second_recalibration_traces_nothing_and_gives_the_same(tracings):
     """Between epochs of a fit nothing is compiled again; the weights and statistics are read as they are then."""
     model, batches = nets.residual_net(), nets.cut(nets.images(24), 8)
@@ -76,6 +79,7 @@ def test_what_was_compiled_is_dropped_with_a_layers_attributes(change):
     np.testing.assert_allclose(found, nets.stats(model), rtol=1e-5, atol=1e-6)
 
 
+@COMPILED
 def test_no_more_shapes_are_compiled_than_a_few(tracings):
     """Data of ever new sizes runs eagerly instead of filling memory with functions."""
     model = nets.residual_net()

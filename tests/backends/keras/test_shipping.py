@@ -213,7 +213,6 @@ def test_bfloat16_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="Keras has text layers on TensorFlow alone")
 def test_jax_is_refused_once(tmp_path, monkeypatch):
     """From where neither exporter can export, that is said once, before anything runs."""
     model = functional()
@@ -224,6 +223,7 @@ def test_jax_is_refused_once(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not TENSORFLOW, reason="Keras has text layers on TensorFlow alone")
 def test_strings_are_refused(tmp_path):
     """A model that begins with text is to be exported behind its text layers."""
     text = kl.TextVectorization(vocabulary=["a", "b"], output_sequence_length=3)
