@@ -37,6 +37,8 @@ def means(model) -> list[float]:
 @pytest.fixture(params=list(BACKENDS))
 def model(request):
     """A fresh model of each framework that runs by itself."""
+    torch.manual_seed(0)
+    keras.utils.set_random_seed(0)
     model = BACKENDS[request.param]()
     return model.eval() if isinstance(model, nn.Module) else model
 
