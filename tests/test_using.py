@@ -106,7 +106,7 @@ def test_what_happens_to_statistics_inside_ends_with_the_block(model, uses):
             model(images(8), training=True)
         else:
             model.train()(torch.randn(8, 3, 8, 8) + 3)
-        assert 0.0 not in means(model)
+        assert set(means(model)) != {0.0}
     assert set(means(model)) == {0.0}
     assert isinstance(model, keras.Model) or {one.updates for one in bntools.inspect(model)} == {0}
 
