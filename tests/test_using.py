@@ -172,6 +172,7 @@ def test_onnx_models_are_refused():
 
 def test_wrapped_and_compiled_modules():
     """DataParallel and compiled code compute with the statistics in use, without compiling anew."""
+    torch.compiler.reset()  # after some compilations of nn.Sequential, other tests' too, it would run as it is
     model = cnn().eval()
     x = torch.randn(2, 3, 8, 8)
     compiled_for = []

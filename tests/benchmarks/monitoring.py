@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from measure import Row, at_most, seconds
 from networks import vision
@@ -27,6 +29,12 @@ def rows() -> Iterator[Row]:
     ):
         share = _share(model.to(device), images.to(device))
         yield at_most(f"{what}, {device}: bntools.watch / training step", 100 * share, 2.0, "{:.2f} %")
+    yield at_most(
+        "Keras, ResNet-50, 16 images of 64 px: MonitorBatchNorm / training step", 100 * _in_keras(), 2.0, "{:.2f} %"
+    )
+    there, back = _switch(vision.resnet50().to(device))
+    figure = f"{there * 1e3:.2f} ms, {back * 1e3:.2f} ms"
+    yield Row(f"ResNet-50, {device}: other statistics by a prepared bntools.use, and back", figure, "", True)
 
 
 def _share(model: torch.nn.Module, images: torch.Tensor) -> float:
@@ -50,3 +58,40 @@ def _share(model: torch.nn.Module, images: torch.Tensor) -> float:
     ):
         watch.step()
         return seconds(lambda: [watch.step() for _ in range(STEPS)]) / STEPS / trained
+
+
+def _switch(model: torch.nn.Module) -> tuple[float, float]:
+    """The median times of entering and leaving the block of a ``use`` that was prepared."""
+    use = bntools.use(model, bntools.statistics(model))
+    times = [(seconds(use.__enter__), seconds(lambda: use.__exit__(None, None, None))) for _ in range(21)]
+    there, back = zip(*times, strict=True)
+    return statistics.median(there), statistics.median(back)
+
+
+def _in_keras() -> float:
+    """The callback's time at a batch, the mean over four times that it logs, over the median of a training step."""
+    import keras
+
+    from bntools.callbacks.keras import MonitorBatchNorm
+
+    model = keras.applications.ResNet50(weights=None, input_shape=(64, 64, 3), classes=10)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    images, labels = np.zeros((16, 64, 64, 3), np.float32), np.zeros(16)
+
+    def step() -> None:
+        model.train_on_batch(images, labels)
+
+    def batches() -> None:
+        for batch in range(STEPS):
+            callback.on_train_batch_begin(batch)
+            callback.on_train_batch_end(batch)
+
+    step()
+    trained = statistics.median(seconds(step) for _ in range(7))
+    with tempfile.TemporaryDirectory() as folder:
+        callback = MonitorBatchNorm(folder, every=50)
+        callback.set_model(model)
+        callback.on_train_begin()
+        share = seconds(batches) / STEPS / trained
+        callback.on_train_end()
+    return share
