@@ -97,6 +97,9 @@ def _print(found: Any, a: Path, b: Path) -> None:
         click.echo(f"layers were matched {found.matched}")
     for note in found.notes:
         click.echo(note)
+    if not found.layers:
+        click.echo("no BN layer in common: nothing was compared")
+        return
     total = output.counted(len(found.layers), "BN layer")
     click.echo(
         f"{len(differ)} of {total} differ, drift up to {found.drift:.3g}" if differ else f"{total}: no difference"

@@ -46,7 +46,7 @@ def command(
     """Fold the BN layers of MODEL into the weights beside them, and check that nothing changed.
 
     With --export model.onnx the result is a verified ONNX file, and MODEL may be left out: it is then
-    the newest of model.recalibrated.* and model.* in that folder. With -o the result stays in the
+    the newest of model.recalibrated.*, model.applied.* and model.* there. With -o the result stays in the
     format of MODEL. DATA or --shape say what the model takes; after bntools recalibrate the
     record knows, and an ONNX file knows itself. More options for ONNX: bntools export.
     """

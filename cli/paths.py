@@ -66,12 +66,12 @@ def refuse_existing(*paths: Path, force: bool, option: str = "-o") -> None:
 def newest_model(export: Path) -> tuple[Path, list[Path]]:
     """The model that belongs to ``model.onnx``, and all that could.
 
-    That is the newest of ``model.recalibrated.*`` and ``model.*`` in the same folder; of two of the same
-    age the recalibrated one. Raises BntoolsError where there is none.
+    That is the newest of ``model.recalibrated.*``, ``model.applied.*`` and ``model.*`` in the same folder; of two of
+    the same age the first named. Raises BntoolsError where there is none.
     """
     candidates = [
         path
-        for stem in (f"{export.stem}.recalibrated", export.stem)
+        for stem in (f"{export.stem}.recalibrated", f"{export.stem}.applied", export.stem)
         for path in [*sorted(export.parent.glob(f"{_escaped(stem)}.*")), export.with_name(stem)]
         if _is_model(path, stem) and not _is_export(path, export)
     ]

@@ -387,3 +387,11 @@ def test_a_graph_bound_to_a_batch_size():
     assert found[0].histogram[1].sum() == 24 * 8 * 8 * 40
     assert any("batches of 6 only" in note for note in found.notes)
     assert model.SerializeToString() == before
+
+
+def test_printed_it_says_what_to_do():
+    """A diagnosis in words is its advice, not its arrays."""
+    found = bntools.inspect(cnn(), images().split(8))
+    lines = str(found).splitlines()
+    assert lines[0].endswith("BN layers measured on 24 samples")
+    assert lines[1] == f"{found.advice[0].action}: {found.advice[0].reason}"

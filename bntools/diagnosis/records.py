@@ -158,6 +158,10 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
     framework: str = ""
 
+    def __str__(self) -> str:
+        layers = f"{len(self.layers)} BN layer{'s' * (len(self.layers) != 1)} measured on {self.samples:,} samples"
+        return "\n".join([layers, *(f"{one.action}: {one.reason}" for one in self.advice)])
+
     def __iter__(self) -> Iterator[LayerDrift]:
         return iter(self.layers)
 

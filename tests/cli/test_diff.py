@@ -68,3 +68,12 @@ def test_refusals(refused, desk):
     assert "images.npy" in refused("diff model.pt images.npy")
     torch.save(torch.nn.BatchNorm1d(3), "one.pt")
     assert "give --map OLD=NEW" in refused("diff model.pt one.pt")
+
+
+def test_a_model_without_bn_is_no_model_without_differences(run, desk):
+    """Where one has no BN layers, nothing was compared, and that is said."""
+    torch.save(torch.nn.Sequential(torch.nn.Linear(3, 3)), "none.pt")
+    out = run("diff model.pt none.pt").out
+    assert "only in model.pt: 1, 4, 8" in out
+    assert "nothing was compared" in out
+    assert "no difference" not in out

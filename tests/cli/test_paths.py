@@ -95,3 +95,9 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path):
     (tmp_path / "a[1].pt").touch()
     (tmp_path / "a1.pt").touch()
     assert paths.newest_model(tmp_path / "a[1].onnx")[0].name == "a[1].pt"
+
+
+def test_a_model_that_statistics_were_applied_to_is_a_candidate(tmp_path):
+    """What bntools stats apply wrote after the recalibration is what is meant to be shipped."""
+    files(tmp_path, model_pt=20, model_recalibrated_pt=10, model_applied_pt=0)
+    assert paths.newest_model(tmp_path / "model.onnx")[0].name == "model.applied.pt"
