@@ -48,7 +48,7 @@ def save_stats(stats: Any, path: str | os.PathLike[str]) -> None:
         for kind, values in ((MEAN, layer.mean), (VAR, layer.var))
     }
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that float64 lies aligned
-    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(_described(stats), allow_nan=False)}}
+    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(described(stats), allow_nan=False)}}
     place = 0
     for name, values in tensors.items():
         kind = next(kind for kind, dtype in DTYPES.items() if dtype == values.dtype)
@@ -161,7 +161,8 @@ def _layer(entry: dict[str, Any], tensors: dict[str, np.ndarray]) -> LayerStatis
     )
 
 
-def _described(stats: Statistics) -> dict[str, Any]:
+def described(stats: Statistics) -> dict[str, Any]:
+    """Statistics in terms of JSON, without the numbers themselves: what a file says of them."""
     return {
         "format": FORMAT,
         "fingerprint": stats.fingerprint,

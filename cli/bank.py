@@ -33,9 +33,22 @@ def destination(model: Path, target: Path | None, in_place: bool, force: bool) -
         raise BntoolsError(f"{folder}: there is no folder {folder.parent}")
     if folder.exists() and not force:
         raise BntoolsError(f"{folder} exists: choose another name with -o, or overwrite it with --force")
-    if folder.exists() and records.read(folder / RECORD) is None:
-        raise BntoolsError(f"{folder} is no folder that --per-domain wrote, so it is not replaced: choose another name")
+    if folder.exists():
+        _check_own(folder)
     return folder
+
+
+def _check_own(folder: Path) -> None:
+    """Raise BntoolsError for a folder that holds anything but what --per-domain wrote: it would be lost."""
+    record = records.read(folder / RECORD)
+    if record is None:
+        raise BntoolsError(f"{folder} is no folder that --per-domain wrote, so it is not replaced: choose another name")
+    own = {RECORD, *(f"{name}{SUFFIX}" for name in record.get("domains", {}))}
+    if others := sorted(one.name for one in folder.iterdir() if one.name not in own):
+        raise BntoolsError(
+            f"{folder} holds {others[0]!r}, which --per-domain did not write, so it is not replaced: move that "
+            f"elsewhere, or choose another name with -o"
+        )
 
 
 def write(

@@ -135,17 +135,9 @@ def show(file: Path, as_json: bool) -> None:
 
 
 def described(stats: Any) -> dict[str, Any]:
-    """Statistics in terms of JSON, without the numbers themselves."""
-    return {
-        "fingerprint": stats.fingerprint,
-        "framework": stats.framework,
-        "weights": stats.weights,
-        "samples": stats.samples,
-        "date": stats.date,
-        "versions": stats.versions,
-        "note": stats.note,
-        "layers": [
-            {"name": one.name, "features": one.features, "eps": one.eps, "axis": one.axis, "updates": one.updates}
-            for one in stats
-        ],
-    }
+    """What a file says of its statistics, and each layer's number of channels, which there its arrays tell."""
+    from bntools import statfiles
+
+    record = statfiles.described(stats)
+    layers = [{**layer, "features": one.features} for layer, one in zip(record["layers"], stats, strict=True)]
+    return {**record, "layers": layers}

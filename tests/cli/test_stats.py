@@ -128,3 +128,6 @@ def test_only_such_folders_are_replaced(run, refused, sites):
     before = contents(sites)
     assert "not replaced" in refused("recalibrate model.pt sites --per-domain -o sites --force")
     assert contents(sites) == before
+    Path("model.sites/mine.txt").write_text("notes")
+    assert "holds 'mine.txt'" in refused("recalibrate model.pt sites --per-domain --force")
+    assert Path("model.sites/mine.txt").read_text() == "notes"
