@@ -45,7 +45,7 @@ def report(found: Diagnosis, title: str, about: Mapping[str, str]) -> str:
         _table(found, layers) if layers else None,
         *remarks(found.untouched, found.notes),
     ]
-    return page(title or "BN diagnosis", about, _verdict(found), [one for one in sections if one is not None])
+    return page(title or "BN diagnosis", about, _verdict(found, layers), [one for one in sections if one is not None])
 
 
 def _channels(one: LayerDrift) -> channels.Channels:
@@ -54,13 +54,13 @@ def _channels(one: LayerDrift) -> channels.Channels:
     return channels.Channels(one.name, mean, one.layer.std, one.mean, std)
 
 
-def _verdict(found: Diagnosis) -> Verdict:
+def _verdict(found: Diagnosis, layers: list[Drift]) -> Verdict:
     if not found.advice:
-        return Verdict("plain", "What was measured", _summary(found))
+        return Verdict("plain", "What was measured", _summary(found, layers))
     first, *others = found.advice
     tone, headline = HEADLINES.get(first.action, ("plain", first.action))
     parts = [*_advice(first), *(tag("div", None, tag("h3", None, _headline(one)), *_advice(one)) for one in others)]
-    return Verdict(tone, headline, joined([*parts, _summary(found)]))
+    return Verdict(tone, headline, joined([*parts, _summary(found, layers)]))
 
 
 def _headline(one: Advice) -> str:
@@ -71,10 +71,10 @@ def _advice(one: Advice) -> list[Content]:
     return [tag("p", None, one.reason), code(one.how) if one.how else None]
 
 
-def _summary(found: Diagnosis) -> Html:
+def _summary(found: Diagnosis, layers: list[Drift]) -> Html:
     figures: dict[str, Content] = {"samples": f"{found.samples:,}", "BN layers measured": f"{len(found.layers):,}"}
-    if found.layers:
-        worst = drifts.ranked([Drift(_channels(one), one.drift, one.standard_error) for one in found.layers])[0]
+    if layers:
+        worst = drifts.ranked(layers)[0]
         where = name(worst.channels.name, words.shortened(worst.channels.name, 28))
         label = joined(["largest drift, in layer ", where])
         figures[label] = f"{words.number(worst.value)} std"
