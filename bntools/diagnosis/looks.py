@@ -46,7 +46,8 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
     """
     contents = list(contents)
     batches = _first(contents)
-    if not batches or any(_images(batch) is None for batch in batches):
+    images = [image for batch in batches if (image := _images(batch)) is not None]
+    if not images or len(images) < len(batches):
         return []
     first = _First(model, forward)
     found = _tamed(first, contents)
@@ -56,10 +57,9 @@ def compare(model: Any, contents: Iterable[Any], *, forward: Forward | None = No
     if given is None:
         return []
     found = found or [Preprocessing("as given", given, given=True)]
-    images = [_image_of(batch) for batch in batches]
     pixels = [np.reshape(last, (-1, last.shape[-1])) for last in map(_channels_last, images)]  # batches differ in size
     for name, change, how in _alternatives(np.concatenate(pixels), _leads(images[0])):
-        drift = first.drift([_changed(batch, change) for batch in batches])
+        drift = first.drift([_with(batch, _changed(one, change)) for batch, one in zip(batches, images, strict=True)])
         if drift is not None:
             found.append(Preprocessing(name, drift, how=how))
     moved = first.drift([_with(batch, _moved(image)) for batch, image in zip(batches, images, strict=True)])
@@ -196,12 +196,6 @@ def _images(batch: Any) -> np.ndarray | None:
     return array if array.dtype.kind in "fiu" and np.isfinite(array).all() else None
 
 
-def _image_of(batch: Any) -> np.ndarray:
-    found = _images(batch)
-    assert found is not None
-    return found
-
-
 def _channels_last(images: np.ndarray) -> np.ndarray:
     return np.moveaxis(images, 1, -1) if _leads(images) else images
 
@@ -211,13 +205,11 @@ def _leads(images: np.ndarray) -> bool:
     return images.shape[1] in (1, 3)
 
 
-def _changed(batch: Any, change: Scaling) -> Any:
-    """The batch with its images changed, as numpy arrays of their own floating type."""
-    images = _image_of(batch)
+def _changed(images: np.ndarray, change: Scaling) -> np.ndarray:
+    """The images changed, in their own floating type."""
     values = change(_channels_last(images).astype(np.float64))
     values = np.moveaxis(values, -1, 1) if _leads(images) else values
-    new = np.ascontiguousarray(values, images.dtype if images.dtype.kind == "f" else np.float32)
-    return _with(batch, new)
+    return np.ascontiguousarray(values, images.dtype if images.dtype.kind == "f" else np.float32)
 
 
 def _moved(images: np.ndarray) -> np.ndarray:
