@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,14 +14,8 @@ from bntools.fitting import check_fit
 from bntools.interrupts import uninterrupted
 
 _lock = threading.RLock()
-_under_way: WeakKeyDictionary[Any, list[_Turn]] = WeakKeyDictionary()  # by model, those begun and not ended, in order
-
-
-@dataclass(eq=False)
-class _Turn:
-    """One time that a model has other statistics: what it had before."""
-
-    before: Any
+# What a layer had before each block that has begun and not ended, in their order. By layer: a part is a model as well.
+_before: WeakKeyDictionary[Any, dict[object, Any]] = WeakKeyDictionary()
 
 
 class Use:
@@ -36,7 +29,9 @@ class Use:
         self.notes = notes
         self._live = live
         self._values = values
-        self._turns: list[_Turn] = []
+        self._turns: list[object] = []
+        with _lock:
+            self._before = {name: _before.setdefault(layer, {}) for name, layer in live.layers.items()}
 
     def __enter__(self) -> Use:
         count = len(self._turns)
@@ -62,21 +57,23 @@ class Use:
 
     def _begin(self) -> None:
         with _lock:
-            turn = _Turn(self._live.taken())
+            turn = object()
+            for name, values in self._live.taken().items():
+                self._before[name][turn] = values
             self._turns.append(turn)
-            _under_way.setdefault(self._live.owner, []).append(turn)
             self._live.put(self._values)
 
     def _end(self) -> None:
-        """Put back what was there before; where another turn began later, that one gets it to put back."""
+        """Put back what was there before; where another turn of a layer began later, that one gets it to put back."""
         with _lock:
-            turn, turns = self._turns.pop(), _under_way[self._live.owner]
-            place = turns.index(turn)
-            if place == len(turns) - 1:
-                self._live.put(turn.before)
-            else:
-                turns[place + 1].before = turn.before
-            turns.remove(turn)
+            turn, back = self._turns.pop(), {}
+            for name, before in self._before.items():
+                turns, values = list(before), before.pop(turn)
+                if turns[-1] is turn:
+                    back[name] = values
+                else:
+                    before[turns[turns.index(turn) + 1]] = values
+            self._live.put(back)
 
 
 def use(model: Any, stats: Source, *, strict: bool = True) -> Use:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class Mapping(click.ParamType):
     name = "mapping"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Pairs:
-        """Read one pair; a file is read when the command runs."""
+        """Read one pair, or all pairs of a file."""
         if isinstance(value, tuple):
             return value
         if Path(value).is_file():
@@ -73,7 +74,7 @@ def _print(found: Any, a: Path, b: Path) -> None:
         [
             [
                 layer.name,
-                output.number(None if layer.drift != layer.drift else layer.drift),
+                output.number(None if math.isnan(layer.drift) else layer.drift),
                 _signed(layer.mean_shift, 0.0),
                 _signed(layer.std_ratio, 1.0),
                 output.number(layer.scale),

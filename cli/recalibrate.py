@@ -66,6 +66,8 @@ def command(
     function package.module:function that yields batches. With --per-domain, DATA is a folder with a subfolder, or file
     of arrays, for each domain; bntools stats apply brings one of the files into MODEL, bntools.use into a live model.
     """
+    if per_domain and html is not None:
+        raise click.UsageError("--per-domain writes no report: leave out --html")
     if per_domain:
         folder = bank.destination(model, target, in_place, force)
     else:

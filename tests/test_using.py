@@ -93,6 +93,26 @@ def test_blocks_that_end_out_of_order(model, uses):
     assert set(means(model)) == {0.0}
 
 
+def test_a_model_and_its_part_end_out_of_order():
+    """Blocks of a model and of one of its submodules that overlap leave each layer what it had before both."""
+    x, part = L.Input((4,)), keras.Sequential([L.Input((4,)), L.BatchNormalization(name="inner")])
+    for whole, piece in (
+        ((module := nn.Sequential(cnn(), nn.BatchNorm2d(4))), module[0]),
+        (keras.Model(x, L.BatchNormalization(name="outer")(part(x))), part),
+    ):
+        count = len(bntools.inspect(piece))
+        for first, second in ((whole, piece), (piece, whole)):
+            one = bntools.use(first, moved(bntools.statistics(first), 1.0))
+            two = bntools.use(second, moved(bntools.statistics(second), 2.0))
+            one.__enter__()
+            two.__enter__()
+            one.__exit__(None, None, None)
+            assert means(piece) == [2.0] * count
+            assert means(whole).count(0.0) == (1 if first is whole else 0)
+            two.__exit__(None, None, None)
+            assert set(means(whole)) == {0.0}
+
+
 def test_what_happens_to_statistics_inside_ends_with_the_block(model, uses):
     """Statistics that a block resets, or training moves, are gone behind it, and the next block begins anew."""
     one, _ = uses

@@ -20,6 +20,7 @@ from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection
 from bntools.measured import Measured
 from bntools.measurement import Job, Progress, check_positive, exact, targets
+from bntools.words import counted
 
 SAMPLES = 256  # on which outputs are compared
 AT_ONCE = 8  # times the largest layer's input is about what one forward pass holds
@@ -176,8 +177,8 @@ def _compare_outputs(
         findings.notes.append("eval and train mode were not compared: all measured layers are frozen")
         return
     if len(trained) < len(ranked):
-        frozen = len(ranked) - len(trained)
-        findings.notes.append(f"train mode keeps the stored statistics of {frozen} frozen layers, as training would")
+        frozen = counted(len(ranked) - len(trained), "frozen layer")
+        findings.notes.append(f"train mode keeps the stored statistics of {frozen}, as training would")
     class_axis = job.backend.runners(job.model, ("cpu",), job.forward)[0].class_axis
     findings.modes, left_out = outputs.modes(job, sample, given, trained, class_axis, batch_size)
     findings.notes += left_out

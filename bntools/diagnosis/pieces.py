@@ -92,7 +92,7 @@ def deviations(parts: Mapping[str, Sequence[Piece]], eps: Mapping[str, float]) -
     layers = [name for name in pieces[0].layers if all(name in piece.layers for piece in pieces)]
     found: dict[str, dict[str, Deviation]] = {name: {} for name in parts}
     for layer in layers:
-        pooled = {name: [_all(piece.layers[layer]) for piece in part] for name, part in parts.items()}
+        pooled = {name: [merged(piece.layers[layer]) for piece in part] for name, part in parts.items()}
         for name, deviation in _of_layer(pooled, eps[layer]).items():
             found[name][layer] = deviation
     return found
@@ -164,7 +164,3 @@ def _divisor(whole: Moments, eps: float) -> np.ndarray:
 
 def _rms(shift: np.ndarray, change: np.ndarray) -> float:
     return float(np.sqrt(np.mean(shift**2 + change**2)))
-
-
-def _all(calls: Calls) -> Moments:
-    return merged(calls)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bntools.layer import BatchNorm
+from bntools.words import counted
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Diagnosis:
     framework: str = ""
 
     def __str__(self) -> str:
-        layers = f"{len(self.layers)} BN layer{'s' * (len(self.layers) != 1)} measured on {self.samples:,} samples"
+        layers = f"{counted(len(self), 'BN layer')} measured on {counted(self.samples, 'sample')}"
         return "\n".join([layers, *(f"{one.action}: {one.reason}" for one in self.advice)])
 
     def __iter__(self) -> Iterator[LayerDrift]:

@@ -18,7 +18,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Scale:
-    """A way in which pixels are scaled: its name, and the way from it to RGB in 0..1 and back, (N, H, W, C).
+    """A way in which pixels are scaled: its name, and the way from it to RGB in 0..1 and back, (..., C).
 
     ``undone`` and ``done`` are the same two ways as Python, from ``x`` on; MEAN, STD and CAFFE stand for numbers along
     the channels' axis, and REVERSED for indexing that reverses the channels. ``size`` is the order of magnitude of its
@@ -86,7 +86,7 @@ ONES, BYTES, AGAIN, WORDS = SCALES[0], SCALES[1], SCALES[5], SCALES[8]
 
 
 def possible(pixels: np.ndarray) -> Iterator[Scale]:
-    """The scales in which pixels (N, H, W, C) may be, by their range."""
+    """The scales in which pixels (..., C) may be, by their range."""
     least, most = float(pixels.min()), float(pixels.max())
     if least < 0:
         for scale in SCALES:

@@ -11,7 +11,7 @@ from bntools import words
 from bntools.comparison import EDGES, OutputError
 from bntools.reports import charts
 from bntools.reports.markup import Content, Html, joined, tag
-from bntools.reports.page import Section, Verdict, listed, name, page, table, tiles
+from bntools.reports.page import Section, Verdict, listed, name, page, remarks, table, tiles
 from bntools.trial import Verification
 
 OUTPUTS = 24  # histograms drawn; the table has all outputs
@@ -65,9 +65,7 @@ def sections(check: Verification) -> list[Section]:
         items = [f"{provider}: {words.counted(nodes, 'node')}" for provider, nodes in check.placement.items()]
         explanation = "Which provider ran the candidate's nodes."
         found.append(Section("placement", "Where it ran", explanation, listed(items)))
-    if check.notes:
-        found.append(Section("notes", "Notes", None, listed(list(check.notes))))
-    return found
+    return [*found, *remarks({}, check.notes)]
 
 
 def _drawable(one: OutputError) -> bool:

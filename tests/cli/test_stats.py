@@ -116,6 +116,7 @@ def test_all_domains_or_none(run, refused, sites):
     assert "stray.png" in refused("recalibrate model.pt sites --per-domain")
     assert "is no folder" in refused("recalibrate model.pt images.npy --per-domain")
     assert run("recalibrate model.pt sites --per-domain --in-place").status == 2
+    assert run("recalibrate model.pt sites --per-domain --html report.html").status == 2
 
 
 def test_only_such_folders_are_replaced(run, refused, sites):

@@ -20,44 +20,48 @@ class Live:
     """
 
     def __init__(self, model: keras.Model, names: Iterable[str]):
-        self.owner = model
         found = norms(model)
-        self._layers = {name: found[name] for name in names}
-        self._variables = [variable for layer in self._layers.values() for variable in _variables(layer)]
+        self.layers = {name: found[name] for name in names}
+        self._variables = {name: _variables(layer) for name, layer in self.layers.items()}
         self._resources = _resources(self._variables)
 
-    def made(self, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> list[Any]:
+    def made(self, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> dict[str, list[Any]]:
         """Statistics in the form in which the variables hold them. Raises BntoolsError where they do not fit."""
-        result: list[Any] = []
-        for name, layer in self._layers.items():
+        result = {}
+        for name, layer in self.layers.items():
             mean, var = (np.asarray(values, np.float64) for values in statistics[name][:2])
             check_fits(name, layer.moving_mean, mean, "mean")
             check_fits(name, layer.moving_variance, var, "variance")
             further = derived(layer, mean, var) if layer.renorm else {}
-            result += [mean, var, *(further[key] for key in RENORM if further)]
-        pairs = zip(result, self._variables, strict=True)
-        return [ops.convert_to_tensor(values, dtype=variable.dtype) for values, variable in pairs]
+            pairs = zip((mean, var, *(further[key] for key in RENORM if further)), self._variables[name], strict=True)
+            result[name] = [ops.convert_to_tensor(values, dtype=variable.dtype) for values, variable in pairs]
+        return result
 
-    def taken(self) -> list[Any]:
+    def taken(self) -> dict[str, list[Any]]:
         """Copies of all of them."""
         if not self._resources:
-            return [ops.copy(variable.value) for variable in self._variables]
+            return {name: [ops.copy(one.value) for one in own] for name, own in self._variables.items()}
         import tensorflow as tf
 
         with tf.init_scope():  # what is read shares memory with the variable until that gets another value
-            return [tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype) for handle, dtype in self._resources]
+            return {
+                name: [tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype) for handle, dtype in own]
+                for name, own in self._resources.items()
+            }
 
-    def put(self, values: list[Any]) -> None:
-        """Store what ``made`` or ``taken`` gave."""
+    def put(self, values: Mapping[str, list[Any]]) -> None:
+        """Store what ``made`` or ``taken`` gave for these layers."""
         if not self._resources:
-            for variable, value in zip(self._variables, values, strict=True):
-                variable.assign(value)
+            for name, own in values.items():
+                for variable, value in zip(self._variables[name], own, strict=True):
+                    variable.assign(value)
             return
         import tensorflow as tf
 
         with tf.init_scope():
-            for (handle, _), value in zip(self._resources, values, strict=True):
-                tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+            for name, own in values.items():
+                for (handle, _), value in zip(self._resources[name], own, strict=True):
+                    tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
 
 def _variables(layer: Any) -> list[Any]:
@@ -65,16 +69,16 @@ def _variables(layer: Any) -> list[Any]:
     return [layer.moving_mean, layer.moving_variance, *further]
 
 
-def _resources(variables: list[Any]) -> list[tuple[Any, Any]]:
+def _resources(variables: Mapping[str, list[Any]]) -> dict[str, list[tuple[Any, Any]]]:
     """TensorFlow's handles of plain variables, by which it assigns much faster; none where one is of another kind."""
     if keras.backend.backend() != "tensorflow":
-        return []
+        return {}
     from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-    own = [variable._value for variable in variables]
-    if not all(type(value) is ResourceVariable for value in own):
-        return []
-    return [(value.handle, value.dtype) for value in own]
+    found = {name: [variable._value for variable in own] for name, own in variables.items()}
+    if not all(type(value) is ResourceVariable for own in found.values() for value in own):
+        return {}
+    return {name: [(value.handle, value.dtype) for value in own] for name, own in found.items()}
 
 
 live = Live
