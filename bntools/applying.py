@@ -48,6 +48,7 @@ class Applied:
         return f"<statistics of {len(self.layers)} BN layer{'s' * (len(self.layers) != 1)} {state}>"
 
 
+@backends.one_at_a_time
 def apply(model: Any, stats: Source, *, strict: bool = True) -> Applied:
     """Store statistics, or those of a file that ``save_stats`` wrote, in a model, in place.
 

@@ -41,7 +41,8 @@ def check_current(coroutine: greenlet) -> None:
     """Raise BntoolsError where the calling code is not this coroutine's."""
     if not is_current(coroutine):
         raise BntoolsError(
-            "a BN layer ran in another thread than its model's forward pass; recalibrate with method='precise'"
+            "a BN layer ran in another thread than the forward pass that bntools measures: run the model itself "
+            "elsewhere (copy.deepcopy) while it is recalibrated, and its layers in one thread"
         )
 
 

@@ -38,6 +38,7 @@ class Frozen:
         return f"<{len(self.layers)} BN layer{'s' * (len(self.layers) != 1)} {state}>"
 
 
+@backends.one_at_a_time
 def freeze(model: Any, *, stats: bool = True, affine: bool = True, layers: Selection = None) -> Frozen:
     """Keep BN layers from moving while the rest of the model trains.
 
@@ -63,6 +64,7 @@ def freeze(model: Any, *, stats: bool = True, affine: bool = True, layers: Selec
     return Frozen(names, backend.freeze(model, names, stats=stats, affine=affine))
 
 
+@backends.one_at_a_time
 def unfreeze(model: Any, *, layers: Selection = None) -> None:
     """Let statistics, scale and shift move again, whoever froze them.
 
@@ -92,6 +94,7 @@ def assert_frozen(model: Any, *, stats: bool = True, affine: bool = True, layers
         )
 
 
+@backends.one_at_a_time
 def reset(model: Any, *, layers: Selection = None) -> list[str]:
     """Set statistics to mean 0 and variance 1 and the update counter to 0; returns the names.
 

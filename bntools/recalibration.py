@@ -26,6 +26,7 @@ METHODS = ("exact", "precise", "ema")
 FEW = 4  # samples on which two memory layouts are compared
 
 
+@backends.one_at_a_time
 def recalibrate(
     model: Any,
     batches: Iterable[Any],

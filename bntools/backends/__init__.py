@@ -3,7 +3,7 @@
 A back end is a package of plain functions under the same names:
 
     layers  edit  write  commit  digest  freeze  unfreeze  reset  measuring  graph  absorb  handed  predict  export
-    load  save
+    load  save  parts
 
 and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files``, ``live``,
 ``counters``, ``described`` and ``refuse_freezing``, for which verbs ask with hasattr.
@@ -17,12 +17,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+from bntools.alone import alone
 from bntools.errors import BntoolsError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # back end -> the types it serves, as (imported module, attribute)
 SERVED = {
@@ -84,6 +88,20 @@ def _of_onnx_path(path: Path) -> ModuleType:
         f"found the path {str(path)!r} where a model was expected: only an .onnx file is taken by its path; "
         f"load any other first, with bntools.load"
     )
+
+
+def one_at_a_time(verb: Callable[P, T]) -> Callable[P, T]:
+    """A verb whose first argument is a model: it has that model for itself while it runs, or refuses to."""
+
+    @wraps(verb)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not args and "model" not in kwargs:
+            return verb(*args, **kwargs)  # which says what is missing
+        model = args[0] if args else kwargs["model"]
+        with alone(of(model).parts(model)):
+            return verb(*args, **kwargs)
+
+    return guarded
 
 
 def fed(model: Any, batches: Any, max_samples: int | None = None, *, whole: bool = False, joined: bool = False) -> Any:

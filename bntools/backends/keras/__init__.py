@@ -31,6 +31,7 @@ _HOME = {
     "live": "switching",
     "load": "files",
     "measuring": "replica",
+    "parts": "naming",
     "peek": "archive",
     "observer": "observing",
     "predict": "running",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import keras
 
@@ -22,6 +22,11 @@ def named(model: keras.Model) -> dict[str, keras.layers.Layer]:
             name = f"{path} ({number})"
         found[name] = layer
     return found
+
+
+def parts(model: keras.Model) -> set[Hashable]:
+    """What only one thread may work on at a time: the model and the layers inside it, whose calls are switched."""
+    return {id(model), *map(id, named(model).values())}
 
 
 def norms(model: keras.Model) -> dict[str, keras.layers.BatchNormalization]:

@@ -16,8 +16,9 @@ import keras
 import numpy as np
 
 from bntools import coroutines
+from bntools.alone import alone
 from bntools.backends.keras.lean import freeing, steps_once, steps_together
-from bntools.backends.keras.naming import norms
+from bntools.backends.keras.naming import norms, parts
 from bntools.backends.keras.normalizing import masked_moments, masked_values, normalized
 from bntools.backends.keras.running import Forward, call, named_outputs
 from bntools.backends.keras.state import Attributes, attributes_set, eagerly, losses_kept, variables_kept
@@ -52,6 +53,7 @@ def measuring(
     measured = {id(variable) for layer in targets.values() for variable in layer.variables}
     stack = ExitStack()
     try:
+        stack.enter_context(alone(parts(model)))
         stack.enter_context(eagerly())
         stack.enter_context(variables_kept(model, measured))
         stack.enter_context(losses_kept(model))

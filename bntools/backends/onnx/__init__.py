@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import Any
 
 from bntools.backends.onnx.document import opened
-from bntools.backends.onnx.editing import commit, edit, handed, reset, write
+from bntools.backends.onnx.editing import commit, edit, handed, parts, reset, write
 from bntools.backends.onnx.layers import layers
 from bntools.backends.onnx.protobuf import check, external_files
 
-__all__ = ["check", "commit", "edit", "external_files", "handed", "layers", "opened", "reset", "write"]
+__all__ = ["check", "commit", "edit", "external_files", "handed", "layers", "opened", "parts", "reset", "write"]
 
 # Homes are called otherwise than their functions: a submodule is an attribute of its package as well.
 _HOME = {

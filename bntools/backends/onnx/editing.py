@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def edit(model: Any) -> Document:
     document = opened(model)
     check_inference(document)
     return document
+
+
+def parts(model: Any) -> set[Hashable]:
+    """What only one thread may work on at a time: what the user gave, or the file at that path."""
+    source = model.source if isinstance(model, Document) else model
+    return {os.path.realpath(source) if isinstance(source, (str, Path)) else id(model if source is None else source)}
 
 
 def write(model: Document, stats: Mapping[str, tuple[np.ndarray, np.ndarray, int | None]]) -> None:

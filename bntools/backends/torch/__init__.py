@@ -11,7 +11,7 @@ from bntools.backends.torch.files import load, save
 from bntools.backends.torch.freezing import freeze, reset, unfreeze
 from bntools.backends.torch.graph import graph
 from bntools.backends.torch.inputs import input_channels
-from bntools.backends.torch.layers import layers, write
+from bntools.backends.torch.layers import layers, parts, write
 from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.observing import observer
 from bntools.backends.torch.ranks import on_all_ranks
@@ -43,6 +43,7 @@ __all__ = [
     "measuring",
     "observer",
     "on_all_ranks",
+    "parts",
     "predict",
     "reset",
     "runners",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def parts(model: nn.Module) -> set[Hashable]:
+    """What only one thread may work on at a time: the module and all inside it, whose mode and layers are switched."""
+    return set(map(id, unwrap(model).modules()))
 
 
 def modules(model: nn.Module) -> dict[str, Any]:

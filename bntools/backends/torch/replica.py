@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
 from bntools import coroutines
+from bntools.alone import alone
 from bntools.backends.torch.eager import eager
-from bntools.backends.torch.layers import has_train_mode, modules, unwrap
+from bntools.backends.torch.layers import has_train_mode, modules, parts, unwrap
 from bntools.backends.torch.layout import Layout
 from bntools.backends.torch.measuring import moments_of, sample_means_of, values_of
 from bntools.backends.torch.normalizing import stopping_forward
@@ -62,6 +63,7 @@ def measuring(
     _check_ready(model, targets, normalize)
     stack = ExitStack()
     try:
+        stack.enter_context(alone(parts(model)))
         stack.enter_context(thread_kept())
         stack.enter_context(eager())
         stack.enter_context(eval_mode(model))

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from bntools.backends.torch.layers import unwrap
+from bntools.alone import alone, check
+from bntools.backends.torch.layers import parts, unwrap
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -25,18 +26,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     The flags are set one by one: ``model.eval()`` would also run ``train`` methods that do more,
     and ``train(was_training)`` afterwards would give all modules the mode of the outermost.
+
+    Raises BntoolsError where bntools is at work on the model in another thread.
     """
-    before = [(module, module.training) for module in model.modules()]
-    _passes.depth = getattr(_passes, "depth", 0) + 1
-    try:
-        for module, _ in before:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        _passes.depth -= 1
-        for module, training in before:
-            module.training = training
+    own = parts(model)
+    check(own)
+    # Threads that only run a model which is in eval mode anyway do each other no harm.
+    with alone(own if any(module.training for module in model.modules()) else set()):
+        before = [(module, module.training) for module in model.modules()]
+        _passes.depth = getattr(_passes, "depth", 0) + 1
+        try:
+            for module, _ in before:
+                module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            _passes.depth -= 1
+            for module, training in before:
+                module.training = training
 
 
 def runs_for_bntools() -> bool:
