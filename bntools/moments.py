@@ -1,13 +1,15 @@
 """Moments: what was measured of a set of values, and how measurements are merged.
 
 All moments are float64. The arithmetic below uses operators only, so that a back end may keep its
-moments on the device (a torch tensor) until somebody reads them.
+moments on the device (a torch tensor) until somebody reads them. Reading waits for the device, which
+then has nothing to do: ``at_hand`` tells whether it would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -50,6 +52,11 @@ class Moments:
         return cls(count, mean, var * count)
 
     @property
+    def at_hand(self) -> bool:
+        """Whether they can be read without waiting for a device."""
+        return isinstance(self.mean, np.ndarray)
+
+    @property
     def var(self) -> Array:
         """The variance, shape (features,): ``m2 / count``."""
         return self.m2 / self.count
@@ -85,7 +92,25 @@ class Moments:
 
     def numpy(self) -> Moments:
         """The same moments as numpy arrays, wherever they were measured."""
-        return Moments(self.count, _to_numpy(self.mean), _to_numpy(self.m2))
+        return Moments(self.count, to_numpy(self.mean), to_numpy(self.m2))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What a device has measured of ``count`` values: arrays there, in its own precision, which nobody has read yet.
+
+    ``mean`` and ``var`` have shape (features,). ``merged`` makes Moments of them.
+    """
+
+    count: float
+    mean: Array
+    var: Array
+    at_hand = False
+
+    def numpy(self) -> Moments:
+        """The moments as numpy arrays; waits for the device."""
+        mean, var = (to_numpy(values).astype(np.float64) for values in (self.mean, self.var))
+        return Moments.from_variance(self.count, mean, var)
 
 
 @dataclass(frozen=True)
@@ -93,20 +118,49 @@ class Arrival:
     """A replica stands at a layer and hands over the moments of the layer's input.
 
     ``samples`` are the samples' own means, of shape (samples, features), measured only where standard errors are
-    wanted: values within one sample are not independent, samples are. ``values`` is the input itself, of
-    shape (values, features), only of layers whose values were asked for.
+    wanted: values within one sample are not independent, samples are. They lie where the moments lie. ``values`` is
+    the input itself, of shape (values, features), only of layers whose values were asked for.
     """
 
     layer: str
-    moments: Moments
-    samples: np.ndarray | None = None
+    moments: Moments | Unread
+    samples: Array | None = None
     values: np.ndarray | None = None
 
 
-def merged(parts: Iterable[Moments]) -> Moments:
+def merged(parts: Iterable[Moments | Unread]) -> Moments:
     """The moments of all parts together."""
-    return reduce(Moments.merge, parts)
+    known: list[Moments] = []
+    alike: dict[float, list[Unread]] = {}
+    for part in parts:
+        if isinstance(part, Moments):
+            known.append(part)
+        else:
+            alike.setdefault(part.count, []).append(part)
+    return reduce(Moments.merge, [*known, *(_of_alike(count, group) for count, group in alike.items())])
 
 
-def _to_numpy(values: Array) -> np.ndarray:
+def joined(arrays: Sequence[Array]) -> Array:
+    """Arrays one behind the other, where they are: on the host, or on one device."""
+    return _functions(arrays[0]).concatenate(arrays)
+
+
+def to_numpy(values: Array) -> np.ndarray:
+    """An array of the host's; waits for the device on which it is, if any."""
     return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _of_alike(count: float, parts: Sequence[Unread]) -> Moments:
+    """Sets of ``count`` values each: the same few operations however many there are.
+
+    Merged one by one they would be a dozen kernels each, thousands a pass, which take longer than to measure.
+    """
+    stack = _functions(parts[0].mean).stack
+    means, variances = stack([part.mean for part in parts]).double(), stack([part.var for part in parts]).double()
+    mean = means.mean(0)
+    return Moments(count * len(parts), mean, (variances + (means - mean) ** 2).sum(0) * count)
+
+
+def _functions(array: Array) -> Any:
+    """The library whose array this is, which is imported already: numpy, torch."""
+    return sys.modules[type(array).__module__]

@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bntools.backends.torch.hooks import Hook
 from bntools.backends.torch.layers import modules, unwrap
-from bntools.backends.torch.measuring import moments_of
+from bntools.backends.torch.measuring import moments_of, stays
 from bntools.backends.torch.normalizing import is_stock
 from bntools.backends.torch.running import runs_for_bntools
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
-from bntools.moments import Moments
+from bntools.moments import Moments, merged
 from bntools.past import Past
 
 REFUSAL = "the model adapts to its batches: undo bntools.adapt before it is pickled or saved whole"
@@ -46,10 +46,10 @@ class _Layer:
     def __init__(self, name: str, module: Any, prior: float, past: Past):
         self.name, self.module, self.past = name, module, past
         self.before = [module.running_mean.clone(), module.running_var.clone()]
-        mean, var = (values.detach().double() for values in self.before)
-        self.device = mean.device
-        host = mean.device.type == "cpu"
-        self.stored = Moments.from_variance(prior, *((mean.numpy(), var.numpy()) if host else (mean, var)))
+        self.device = module.running_mean.device
+        own = [values.detach() if stays(self.device) else values.detach().cpu() for values in self.before]
+        mean, var = (values.double() if stays(self.device) else values.double().numpy() for values in own)
+        self.stored = Moments.from_variance(prior, mean, var)
 
     def statistics(self, past: Past) -> list[torch.Tensor]:
         """Mean and variance with this past, in the layer's dtype."""
@@ -115,7 +115,7 @@ class _Stream:
                 f"layer {layer.name!r} runs on {args[0].device}, and began to adapt on {layer.device}: undo "
                 f"bntools.adapt, move the model, and adapt it there"
             )
-        measured = moments_of(args[0])
+        measured = merged([moments_of(args[0])])
         past = layer.past.after(Moments.from_variance(len(args[0]), measured.mean, measured.var))
         statistics = layer.statistics(past)
         if not all(bool(values.isfinite().all()) for values in statistics):

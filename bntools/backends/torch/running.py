@@ -99,4 +99,8 @@ def _tensor(value: Any, example: torch.Tensor) -> Any:
         value = torch.tensor(value)
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(example.device, example.dtype if value.is_floating_point() else None, copy=True)
+    dtype = example.dtype if value.is_floating_point() else value.dtype
+    if example.is_cuda and value.device.type == "cpu" and value.layout is torch.strided and not value.is_pinned():
+        # From pinned memory of its own, which nobody overwrites meanwhile, the copy waits for nothing that is queued.
+        return value.to(dtype).pin_memory().to(example.device, non_blocking=True)
+    return value.to(example.device, dtype, copy=True)
