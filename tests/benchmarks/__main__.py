@@ -11,7 +11,19 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-BENCHMARKS = ("exactness", "speed", "memory", "pipeline", "folding", "startup", "monitoring", "onnx", "keras")
+BENCHMARKS = (
+    "exactness",
+    "speed",
+    "memory",
+    "stream",
+    "enough",
+    "pipeline",
+    "folding",
+    "startup",
+    "monitoring",
+    "onnx",
+    "keras",
+)
 # No file here is called onnx.py or keras.py: it would be imported in place of the package.
 PARTS = {
     "onnx": ("onnx_statistics", "onnx_speed", "onnx_counts", "onnx_memory"),
