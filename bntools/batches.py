@@ -33,7 +33,7 @@ class Source:
         self._batches = batches
         self._iterator: Iterator[Any] | None = None
         self._returned: deque[Batch] = deque()
-        self._index = 0
+        self._index = self._read = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while (batch := self.next()) is not None:
@@ -59,9 +59,41 @@ class Source:
             if samples := count(content):
                 taken = int(min(samples, self._left))
                 self._left -= taken
+                self._read += taken
                 place = getattr(self._batches, "place", self._index - 1)
                 return Batch(place, _cut(content, samples, taken), taken)
         return None
+
+    def more(self) -> bool:
+        """Whether there is another batch, which is read for that."""
+        batch = self.next()
+        if batch is not None:
+            self.give_back([batch])
+        return batch is not None
+
+    def skip(self, samples: int, last: int) -> Batch | None:
+        """Pass over the first ``samples`` samples, the last ``last`` of which are a batch: that batch.
+
+        What can begin in the middle (``batches_after``) does; of all else the batches are read. None where no batch
+        ends there.
+        """
+        after = getattr(self._batches, "batches_after", None)
+        found = after(samples - last) if after and samples > last else None
+        passed = 0
+        if found is not None:
+            self._iterator, self._index = found
+            passed = samples - last
+            self._left -= passed
+            self._read += passed
+        batch = None
+        while passed < samples and (batch := self.next()) is not None:
+            passed += batch.samples
+        return batch if passed == samples else None
+
+    @property
+    def handed(self) -> int:
+        """How many samples were handed out and not given back."""
+        return self._read - sum(batch.samples for batch in self._returned)
 
     def give_back(self, batches: Iterable[Batch]) -> None:
         """Take batches back, to be handed out again, in their order, before all others."""

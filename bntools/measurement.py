@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,9 @@ from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm, Selection, select
 from bntools.measured import Measured
 from bntools.moments import Moments
-from bntools.replicas import Order, virtual_batch
+from bntools.processes import Group
+from bntools.replicas import virtual_batch
+from bntools.walkers import Order
 
 PILOT = 64  # samples from which a first standard error is taken
 SPARE = 0.6  # of the memory: activations come and go, and an allocator's gaps took up to half as much more (glibc 2.36)
@@ -29,7 +31,8 @@ Progress = Callable[[str, int, int | None], None]
 class Job:
     """The model, the layers to measure as they were, and how to write and undo.
 
-    ``counters`` puts back, after the statistics, counts of updates that the model itself does not hold.
+    ``counters`` puts back, after the statistics, counts of updates that the model itself does not hold. ``group`` are
+    the processes that measure together; progress and the number of ``samples`` are those of this one.
     """
 
     backend: ModuleType
@@ -41,6 +44,7 @@ class Job:
     memory: float
     samples: int | None
     counters: Callable[[], None] = lambda: None
+    group: Group = field(default_factory=Group)
 
     def report(self, what: str, samples: int) -> None:
         """Tell how far it is."""
@@ -94,10 +98,11 @@ def exact(
     first ones as one larger virtual batch. With ``per_sample`` the courses over the samples are measured anyway.
     """
     order, total, passes, error = Order(list(job.before)), Measured(), 0, None
+    done = 0  # samples of this process
     wanted: float = math.inf if tolerance is None else PILOT
 
     def report(what: str, samples: int) -> None:
-        job.progress(what, total.samples + samples, job.samples)
+        job.report(what, done + samples)
 
     def release(name: str, moments: Moments, samples: int) -> None:
         # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
@@ -109,7 +114,9 @@ def exact(
     with job.measuring(job.before, per_sample=per_sample, memory=job.memory, waiting=True) as start:
         memory = (job.memory - start.held) * SPARE
         while True:
-            part = virtual_batch(start, source, order, release, memory=memory, wanted=wanted, progress=report)
+            part = virtual_batch(
+                start, source, order, release, job.group, memory=memory, wanted=wanted, progress=report
+            )
             if part is None:
                 return total, passes, error
             both = _pooled(total, part)
@@ -120,6 +127,7 @@ def exact(
                     wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
                     continue
             total, passes = both, passes + 1
+            done += sum(batch.samples for batch in part.batches)
             if tolerance is not None and error is not None and error <= tolerance:
                 return total, passes, error
 

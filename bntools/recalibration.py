@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from bntools import backends
+from bntools import agreement, backends
 from bntools.batches import Batch, Source, is_repeatable
 from bntools.course import convergence
 from bntools.errors import BntoolsError
@@ -19,6 +19,7 @@ from bntools.layer import BatchNorm, Selection, distance
 from bntools.measured import Measured
 from bntools.measurement import Job, Progress, check_positive, exact, targets
 from bntools.moments import Moments
+from bntools.processes import Group
 from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
 from bntools.replicas import one_by_one
 
@@ -40,6 +41,7 @@ def recalibrate(
     max_samples: int | None = None,
     check: bool = True,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> Recalibration:
     """Measure the statistics of a model's BN layers on ``batches`` and store them, in place.
 
@@ -57,6 +59,14 @@ def recalibrate(
     residual by one more pass in eval mode. ``progress(what, samples, total)`` is called as it goes;
     the total is None unless ``batches.samples`` tells it.
 
+    Several processes measure together, each on ``batches`` of its own, where the model is in a
+    DistributedDataParallel or ``group`` is a torch.distributed.ProcessGroup: every process of it has to call this, one
+    without data too, with the same weights and arguments, and all come to the same statistics and the same result.
+    How the data is shared out makes no difference, and a share may be as small as it likes; a DistributedSampler
+    repeats some samples where the number is uneven, which a note says. ``memory``, by default a part of what is free,
+    is that of each process, and ``progress`` tells of its own data; ``max_samples`` is for all together. Where
+    the statistics differed before, as they do in training, those of rank 0 count.
+
     Layers that are frozen are left alone unless ``layers`` names them. Variances are divided by the count.
     Raises BntoolsError, leaving the model as it was, for data that is empty, raises or is not finite, a
     model that raises, and a layer that saw a single value per channel.
@@ -64,32 +74,54 @@ def recalibrate(
         result = bntools.recalibrate(model, loader)
         print(result.samples, result.residual)
     """
-    _check_arguments(method, prior, memory, tolerance, max_samples)
-    backend = backends.of(model)
-    model = backend.edit(model)
-    own = forward is not None
-    batches = backends.fed(model, batches, max_samples, whole=own, joined=method == "exact" and not own)
-    before = {layer.name: layer for layer in backend.layers(model)}
-    chosen, untouched = targets(list(before.values()), layers, backends.absence(model))
-    if prior:
-        _check_prior(before[name] for name in chosen)
-    job = Job(
-        backend=backend,
-        model=model,
-        forward=forward,
-        before={name: before[name] for name in chosen},
-        prior=prior,
-        progress=progress or (lambda *_: None),
-        memory=backend.free_memory(model) / 2 if memory is None else memory,
-        samples=getattr(batches, "samples", None),
-        counters=backends.counters(model),
-    )
+    processes = backends.group(model, group)
+    with processes.together():
+        _check_arguments(method, prior, memory, tolerance, max_samples)
+        backend = backends.of(model)
+        model = backend.edit(model)
+        own, most = forward is not None, agreement.own_share(processes, max_samples)
+        notes = agreement.padded(processes, batches)
+        batches = backends.fed(model, batches, most, whole=own, joined=method == "exact" and not own)
+        chosen, untouched = targets(backend.layers(model), layers, backends.absence(model))
+        options = {"method": method, "prior": prior, "layers": chosen, "tolerance": tolerance, "check": check}
+        with agreement.one_model(processes, backend, model, options | {"max_samples": max_samples}):
+            before = {layer.name: layer for layer in backend.layers(model)}
+            if prior:
+                _check_prior(before[name] for name in chosen)
+            job = Job(
+                backend=backend,
+                model=model,
+                forward=forward,
+                before={name: before[name] for name in chosen},
+                prior=prior,
+                progress=progress or (lambda *_: None),
+                memory=backend.free_memory(model) / 2 / processes.sharing if memory is None else memory,
+                samples=getattr(batches, "samples", None),
+                counters=backends.counters(model),
+                group=processes,
+            )
+            agreement.check_possible(job, method)
+            source = Source(batches, most)
+            counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
+            notes += agreement.same_data(processes, source, counted)
+            result = _recalibrated(job, method, source, batches, tolerance, check)
+        result.untouched.update(untouched)
+        result.notes.extend(notes)
+        return result
+
+
+def _recalibrated(
+    job: Job, method: str, source: Source, batches: Any, tolerance: float | None, check: bool
+) -> Recalibration:
+    """Measure and store; what fails leaves the model as it was."""
     try:
-        measured, passes, error = _measured(job, method, Source(batches, max_samples), tolerance)
-        untouched |= _finish(job, measured, write=method != "ema")
-        residuals, notes = _residuals(job, measured, batches) if check else ({}, [])
+        measured, passes, error = _measured(job, method, source, tolerance)
+        missed = _finish(job, measured, write=method != "ema")
+        again = _again(job, measured, passes, batches, source.handed) if check else None
+        residuals = _residuals(job, measured, again) if again is not None else {}
         with uninterrupted():
-            backend.commit(model)
+            job.backend.commit(job.model)
+        agreement.check_one_result(job.group, job.backend, job.model)
     except BaseException:
         with uninterrupted():
             job.restore()
@@ -99,14 +131,14 @@ def recalibrate(
         method=method,
         residual=float(np.max(list(residuals.values()))) if residuals else None,
         layers=list(_changes(job, measured, residuals)),
-        untouched=untouched,
+        untouched=missed,
         virtual_batches=passes,
         standard_error=error,
         convergence=convergence(measured.courses, job.stds(measured), measured.samples),
-        notes=notes,
         _restore=job.undo,
     )
-    result.notes.extend(remarks(result, measured, tolerance, prior))
+    result.notes.extend(_reading_notes(passes, again) if check else ())
+    result.notes.extend(remarks(result, measured, tolerance, job.prior))
     return result
 
 
@@ -115,7 +147,7 @@ def _measured(job: Job, method: str, source: Source, tolerance: float | None) ->
     if method == "exact":
         return exact(job, source, tolerance)
     with job.measuring(job.before, normalize="batch" if method == "precise" else "update") as start:
-        return one_by_one(start, source, "recalibrating", job.report), 0, None
+        return one_by_one(start, source, job.group, "recalibrating", job.report), 0, None
 
 
 def _finish(job: Job, measured: Measured, write: bool) -> dict[str, str]:
@@ -138,25 +170,29 @@ def _finish(job: Job, measured: Measured, write: bool) -> dict[str, str]:
     return {name: "never reached in a forward pass" for name in job.before if name not in measured.moments}
 
 
-def _residuals(job: Job, measured: Measured, batches: Any) -> tuple[dict[str, float], list[str]]:
+def _again(job: Job, measured: Measured, passes: int, batches: Any, samples: int) -> Iterator[Batch] | None:
+    """The batches of this process once more; None where not all were kept and the data can be read only once."""
+    if passes == 1:
+        return iter(measured.batches)
+    return iter(Source(batches, samples)) if all(job.group.gather(is_repeatable(batches))) else None
+
+
+def _reading_notes(passes: int, again: Iterator[Batch] | None) -> Iterator[str]:
+    if again is None:
+        yield "the residual was not measured: the data can be read only once, and not all of it was kept"
+    elif passes != 1:
+        yield "the residual was measured on a second reading of the data; a shuffled loader may differ"
+
+
+def _residuals(job: Job, measured: Measured, again: Iterator[Batch]) -> dict[str, float]:
     """What eval mode now sees at each layer, against what is stored."""
-    notes = []
-    if measured.batches:
-        again, sample = iter(measured.batches), measured.batches[0]
-    elif is_repeatable(batches):
-        again = iter(Source(batches, measured.samples))
-        sample = next(again)
-        again = chain([sample], again)
-        notes = ["the residual was measured on a second reading of the data; a shuffled loader may differ"]
-    else:
-        return {}, ["the residual was not measured: the data can be read only once, and not all of it was kept"]
-    job.samples = measured.samples
     stored = {layer.name: layer for layer in job.backend.layers(job.model)}
+    sample = list(islice(again, 1))
     # One batch at a time, unlike the exact method, and in the model's own memory layout where that tells.
-    memory = job.memory if _same_in_any_layout(job, stored, measured.moments, sample.head(FEW)) else 0
-    with job.measuring(measured.moments, memory=memory) as start:
-        seen = one_by_one(start, again, "checking", job.report).moments
-    return {name: _gap(stored[name], moments.numpy()) for name, moments in seen.items()}, notes
+    alike = sample and _same_in_any_layout(job, stored, measured.moments, sample[0].head(FEW))
+    with job.measuring(measured.moments, memory=job.memory if alike else 0) as start:
+        seen = one_by_one(start, chain(sample, again), job.group, "checking", job.report).moments
+    return {name: _gap(stored[name], moments.numpy()) for name, moments in seen.items()}
 
 
 def _same_in_any_layout(job: Job, stored: dict[str, BatchNorm], names: Iterable[str], batch: Batch) -> bool:
@@ -165,7 +201,7 @@ def _same_in_any_layout(job: Job, stored: dict[str, BatchNorm], names: Iterable[
     for memory in (0, job.memory):
         try:
             with job.measuring(names, memory=memory) as start:
-                means.append(one_by_one(start, [batch], "checking", lambda *_: None).moments)
+                means.append(one_by_one(start, [batch], Group(), "checking", lambda *_: None).moments)
         except BntoolsError:  # so few samples at once are more than some models take
             return False
     return all(

@@ -3,111 +3,47 @@
 The statistics of a layer depend on those of all layers before it. So each micro-batch runs up to a layer
 and stops there; when all that can still reach the layer stand at it, their moments are merged, the
 layer's statistics become the merged ones, and all go on. One forward pass of compute gives what one
-batch of the whole data would give, whatever the size of the micro-batches.
-
-A replica is whatever a back end's ``measuring`` starts: ``advance()`` runs it on to its next layer and
-returns the Arrival (None at its end), ``close()`` ends it early, ``held()`` is the memory it
-holds while it waits.
+batch of the whole data would give, whatever the size of the micro-batches. Where several processes work
+together, the replicas of all of them wait for one another: the processes agree on the next layer, and each
+merges the moments of all, by rank, to the same statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from bntools.batches import Batch, Source, said
+from bntools.batches import Batch, Source
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.measured import Measured
-from bntools.moments import Arrival, Moments, merged
-from bntools.runner import Outputs
+from bntools.moments import Moments, merged
+from bntools.processes import Group
+from bntools.walkers import Order, Replica, Walker
 
 Progress = Callable[[str, int], None]  # what is done, and for how many samples so far
 
-
-class Replica(Protocol):
-    """One micro-batch on its way through the model."""
-
-    def advance(self) -> Arrival | None:
-        """Run on to the next layer; None when the forward pass has come to its end."""
-
-    def close(self) -> None:
-        """End it where it stands."""
-
-    def held(self) -> int:
-        """Bytes held while it waits."""
-
-    def outputs(self) -> Outputs:
-        """What the model gave, by name, once it has come to its end; where outputs were asked for."""
+# (layer, which call of it in a forward pass) that was released -> where this process's other walkers stood then
+Elsewhere = dict[tuple[str, int], dict[Walker, str]]
 
 
-class Walker:
-    """A replica, the layers that it has passed and the one at which it stands."""
+@dataclass(frozen=True)
+class Stop:
+    """What the replicas of one process that stand at a layer bring there: their moments, merged.
 
-    def __init__(self, replica: Replica, batch: Batch):
-        self.replica = replica
-        self.batch = batch
-        self.path: list[str] = []
-        self.arrival: Arrival | None = None
-
-    @property
-    def met(self) -> Arrival:
-        """The arrival of a walker that is known to wait."""
-        assert self.arrival is not None
-        return self.arrival
-
-    def advance(self) -> None:
-        """Run on to the next layer; a model that raises is named with the batch it failed on."""
-        try:
-            self.arrival = self.replica.advance()
-        except BntoolsError:
-            raise
-        except Exception as error:
-            raise BntoolsError(f"the model failed on batch {self.batch.index}: {said(error)}") from error
-        if self.arrival is not None:
-            self.path.append(self.arrival.layer)
-
-    def stands_at(self, layer: str) -> bool:
-        """Whether it waits at this layer."""
-        return self.arrival is not None and self.arrival.layer == layer
-
-
-class Order:
-    """Which layer comes before which, as far as the replicas have shown; definition order otherwise.
-
-    Only needed where replicas part ways: one stands before an optional block, another behind it.
+    ``calls`` tells which calls of the layer in their forward passes these are. ``late`` says where those of them stood
+    that come to a call which was released before.
     """
 
-    def __init__(self, layers: list[str]):
-        self.layers = layers
-        self._index = {name: i for i, name in enumerate(layers)}
-        self._before: set[tuple[str, str]] = set()
-
-    def learn(self, before: str, after: str) -> bool:
-        """Remember that one layer leads to another; False if that was known."""
-        new = (before, after) not in self._before
-        self._before.add((before, after))
-        return new
-
-    def first(self, walkers: list[Walker]) -> str:
-        """The layer to release: one that none of the waiting walkers can still be on its way to."""
-        places = {walker.arrival.layer for walker in walkers if walker.arrival is not None}
-        free = [x for x in places if not any(self._leads(w, x, walkers) for w in places - {x})]
-        return min(free or places, key=self._index.__getitem__)
-
-    def _leads(self, before: str, after: str, walkers: list[Walker]) -> bool:
-        return self._known(before, after, walkers) and not self._known(after, before, walkers)
-
-    def _known(self, before: str, after: str, walkers: list[Walker]) -> bool:
-        if (before, after) in self._before:
-            return True
-        return any(before in w.path and after in w.path[w.path.index(before) + 1 :] for w in walkers)
+    moments: Moments
+    calls: frozenset[int]
+    late: frozenset[str]
 
 
 class _TooManyError(Exception):
-    """The replicas hold more than memory allows; ``fits`` of them would do."""
+    """The replicas hold more than memory allows; ``fits`` of this process's would do."""
 
     def __init__(self, fits: int):
         self.fits = fits
@@ -122,23 +58,25 @@ def virtual_batch(
     source: Source,
     order: Order,
     release: Callable[[str, Moments, int], None],
+    group: Group,
     *,
     memory: float,
     wanted: float,
     progress: Progress,
 ) -> Measured | None:
-    """Run one virtual batch: about ``wanted`` samples, or as many as fit in ``memory`` bytes.
+    """Run one virtual batch: about ``wanted`` samples, or as many as fit in ``memory`` bytes of each process.
 
     ``release(layer, moments, samples)`` writes a layer's statistics when all replicas stand there. Where
     the replicas turn out to hold too much, or a layer was released too early, the same batches run
-    again: all writes repeat. Returns None when the source is empty.
+    again: all writes repeat. All processes of the group go through it together, also those without data. What comes
+    back is the same on all of them, but for the batches, which are each one's own. None when all sources are empty.
     """
     fits: float = float("inf")
     while True:
         walkers: list[Walker] = []
         try:
-            _admit(walkers, start, source, memory, wanted, fits, progress)
-            return _walk(walkers, order, release, memory, progress) if walkers else None
+            samples = _admit_together(walkers, start, source, group, memory, wanted, fits, progress)
+            return _walk(walkers, samples, order, release, group, memory, progress) if samples else None
         except _TooManyError as too_many:
             fits = too_many.fits
             source.give_back(walker.batch for walker in walkers)
@@ -151,15 +89,17 @@ def virtual_batch(
                     walker.replica.close()
 
 
-def one_by_one(start: Callable[[object], Replica], batches: Iterable[Batch], what: str, progress: Progress) -> Measured:
-    """Run the batches one after the other, without waiting, and pool what they meet."""
+def one_by_one(
+    start: Callable[[object], Replica], batches: Iterable[Batch], group: Group, what: str, progress: Progress
+) -> Measured:
+    """Run the batches one after the other, without waiting, and pool what they meet, on all processes of the group."""
     measured = Measured()
     for batch in batches:
         walker = Walker(start(batch.content), batch)
         try:
             walker.advance()
             while walker.arrival is not None:
-                _check_finite([walker], walker.arrival.layer)
+                _check_finite([walker], walker.arrival.layer, walker.arrival.moments)
                 measured.add(walker.arrival)
                 walker.advance()
         finally:
@@ -168,7 +108,31 @@ def one_by_one(start: Callable[[object], Replica], batches: Iterable[Batch], wha
         measured.samples += batch.samples
         _count_calls(measured, [walker])
         progress(what, measured.samples)
-    return measured
+    return measured.on_all(group)
+
+
+def _admit_together(
+    walkers: list[Walker],
+    start: Callable[[object], Replica],
+    source: Source,
+    group: Group,
+    memory: float,
+    wanted: float,
+    fits: float,
+    progress: Progress,
+) -> int:
+    """Start replicas on all processes; returns how many samples they have together.
+
+    Each takes an equal share of what is wanted. What some cannot take, those take that have more data and room.
+    """
+    share = wanted / group.size
+    while True:
+        more = _admit(walkers, start, source, memory, share, fits, progress)
+        every = group.gather((_samples(walkers), more))
+        samples, able = sum(taken for taken, _ in every), sum(more for _, more in every)
+        if samples >= wanted or not able:
+            return samples
+        share = _samples(walkers) + (wanted - samples) / able
 
 
 def _admit(
@@ -179,71 +143,109 @@ def _admit(
     wanted: float,
     fits: float,
     progress: Progress,
-) -> None:
-    """Start replicas, each up to its first layer, while they fit."""
-    samples = held = 0
-    while samples < wanted and len(walkers) < fits:
-        if walkers and held * (1 + 1 / len(walkers)) > memory:
-            return
+) -> bool:
+    """Start replicas, each up to its first layer, while they fit; whether there may be more that would."""
+    samples, held = _samples(walkers), sum(walker.replica.held() for walker in walkers)
+    while samples < wanted:
+        if len(walkers) >= fits or (walkers and held * (1 + 1 / len(walkers)) > memory):
+            return False
         batch = source.next()
         if batch is None:
-            return
+            return False
         walkers.append(Walker(start(batch.content), batch))
         walkers[-1].advance()
         samples += batch.samples
         held += walkers[-1].replica.held()
         progress("reading", samples)
+    return True
+
+
+def _samples(walkers: list[Walker]) -> int:
+    return sum(walker.batch.samples for walker in walkers)
 
 
 def _walk(
     walkers: list[Walker],
+    samples: int,
     order: Order,
     release: Callable[[str, Moments, int], None],
+    group: Group,
     memory: float,
     progress: Progress,
 ) -> Measured:
-    """Release layer after layer until every replica has come to its end."""
-    samples = sum(walker.batch.samples for walker in walkers)
-    measured = Measured(samples, batches=[walker.batch for walker in walkers])
-    elsewhere: dict[tuple[str, int], dict[Walker, str]] = {}
-    while live := [walker for walker in walkers if walker.arrival is not None]:
-        layer = order.first(live)
+    """Release layer after layer until every replica of every process has come to its end."""
+    measured, own = Measured(samples, batches=[walker.batch for walker in walkers]), Measured()
+    elsewhere: Elsewhere = {}
+    fits: int | None = None
+    while True:
+        live = [walker for walker in walkers if walker.arrival is not None]
+        every = group.gather((fits, _stops(live, elsewhere, group)))
+        if any(room is not None for room, _ in every):
+            raise _TooManyError(len(walkers) if fits is None else fits)
+        places = {layer for _, stops in every for layer in stops}
+        if not places:
+            break
+        layer = order.first(places, _paths(live, places, group))
+        stops = [stops[layer] for _, stops in every if layer in stops]
+        _note_late(layer, stops, order, measured)
         here = [walker for walker in live if walker.stands_at(layer)]
-        _check_late(here, layer, order, elsewhere, measured)
+        waiting = {walker: walker.met.layer for walker in live if not walker.stands_at(layer)}
+        elsewhere.update({(layer, call): waiting for stop in stops for call in stop.calls})
         for walker in here:
-            elsewhere[layer, walker.path.count(layer)] = {w: w.met.layer for w in live if not w.stands_at(layer)}
-        _check_finite(here, layer)
-        for walker in here:
-            measured.add(walker.met)
+            own.follow(walker.met)
+        measured.pool(layer, merged(stop.moments for stop in stops))
         release(layer, measured.moments[layer], samples)
-        for walker in here:
-            walker.advance()
-            if walker is here[0]:
-                _check_memory(walker, live, memory)
-        progress("recalibrating", samples * len(measured.moments) // len(order.layers))
-    _count_calls(measured, walkers)
+        fits = _advance(here, live, memory)
+        progress("recalibrating", _samples(walkers) * len(measured.moments) // len(order.layers))
+    _count_calls(own, walkers)
+    measured.include(own.on_all(group))
     return measured
 
 
-def _check_late(
-    here: list[Walker],
-    layer: str,
-    order: Order,
-    elsewhere: dict[tuple[str, int], dict[Walker, str]],
-    measured: Measured,
-) -> None:
-    for walker in here:
-        released = elsewhere.get((layer, walker.path.count(layer)))
-        if released is None:
-            continue
-        if order.learn(released.get(walker, layer), layer):
-            raise _LateError
+def _stops(live: list[Walker], elsewhere: Elsewhere, group: Group) -> dict[str, Stop]:
+    """What the walkers of this process bring to the layers at which they stand."""
+    found = {}
+    for layer in dict.fromkeys(walker.met.layer for walker in live):
+        here = [walker for walker in live if walker.stands_at(layer)]
+        moments = merged(walker.met.moments for walker in here)
+        _check_finite(here, layer, moments)
+        calls = {walker: walker.path.count(layer) for walker in here}
+        late = {
+            elsewhere[layer, call].get(walker, layer) for walker, call in calls.items() if (layer, call) in elsewhere
+        }
+        moments = moments if group.size == 1 else moments.numpy()
+        found[layer] = Stop(moments, frozenset(calls.values()), frozenset(late))
+    return found
+
+
+def _paths(live: list[Walker], places: set[str], group: Group) -> Iterable[tuple[str, ...]]:
+    """In which order the walkers of all processes have passed these layers; not asked for where they are one."""
+    if len(places) == 1:
+        return ()
+    own = {tuple(layer for layer in walker.path if layer in places) for walker in live}
+    return (path for paths in group.gather(own) for path in paths)
+
+
+def _note_late(layer: str, stops: list[Stop], order: Order, measured: Measured) -> None:
+    late = {place for stop in stops for place in stop.late}
+    if any(order.learn(place, layer) for place in sorted(late)):
+        raise _LateError
+    if late:
         measured.late.add(layer)
 
 
-def _check_finite(here: list[Walker], layer: str) -> None:
+def _advance(here: list[Walker], live: list[Walker], memory: float) -> int | None:
+    """Let the walkers go on. If the first shows that all would hold too much, the others stay: how many would fit."""
+    for walker in here:
+        walker.advance()
+        if walker is here[0] and (fits := _fitting(walker, live, memory)) is not None:
+            return fits
+    return None
+
+
+def _check_finite(here: list[Walker], layer: str, moments: Moments) -> None:
     """Refuse NaN and Inf, naming layer and batch; one look at the merged moments is enough if all is well."""
-    if _finite(merged(walker.met.moments for walker in here)):
+    if _finite(moments):
         return
     bad = next((w for w in here if not _finite(w.met.moments)), here[0])
     raise BntoolsError(
@@ -257,13 +259,12 @@ def _finite(moments: Moments) -> bool:
     return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
 
 
-def _check_memory(first: Walker, live: list[Walker], memory: float) -> None:
-    """Raise _TooManyError, before the others follow, where all would hold too much at the first one's next stop."""
+def _fitting(first: Walker, live: list[Walker], memory: float) -> int | None:
+    """How many of the walkers fit, at the next stop of the first of them; None where all do."""
     if first.arrival is None or len(live) < 2:
-        return
-    held = first.replica.held() / first.batch.samples * sum(walker.batch.samples for walker in live)
-    if held > memory:
-        raise _TooManyError(max(1, int(len(live) * memory / held)))
+        return None
+    held = first.replica.held() / first.batch.samples * _samples(live)
+    return max(1, int(len(live) * memory / held)) if held > memory else None
 
 
 def _count_calls(measured: Measured, walkers: list[Walker]) -> None:

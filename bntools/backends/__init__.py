@@ -6,7 +6,7 @@ A back end is a package of plain functions under the same names:
     load  save  parts
 
 and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files``, ``live``,
-``counters``, ``described`` and ``refuse_freezing``, for which verbs ask with hasattr.
+``counters``, ``described``, ``ranks``, ``world`` and ``refuse_freezing``, for which verbs ask with hasattr.
 
 It is found by looking at the model's type and at what is already imported, so that asking imports
 no framework that the caller does not have in hand (the way einops does it).
@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from bntools.alone import alone
 from bntools.errors import BntoolsError
+from bntools.processes import Group
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,6 +127,17 @@ def absence(model: Any) -> Callable[[], str] | None:
     return None if found is None else partial(found, model)
 
 
+def group(model: Any, given: Any = None) -> Group:
+    """The processes that measure a model together: those ``given``, a Group or a process group of torch.distributed.
+
+    By default those in whose group the model itself is (DistributedDataParallel), or this process alone.
+    """
+    if isinstance(given, Group):
+        return given
+    found = backend("torch").ranks if given is not None else getattr(of(model), "ranks", None)
+    return Group(None if found is None else found(model, given))
+
+
 def counters(model: Any) -> Callable[[], None]:
     """What puts back, after the statistics, counts of updates that a model itself does not hold."""
     found = getattr(of(model), "counters", None)
@@ -134,8 +146,16 @@ def counters(model: Any) -> Callable[[], None]:
 
 def backend(name: str) -> ModuleType:
     """The back end of this name; its framework is imported now."""
+    return imported(f"bntools.backends.{name}", name)
+
+
+def imported(module: str, name: str) -> ModuleType:
+    """A module of the back end ``name``.
+
+    Raises BntoolsError where a package that it needs is missing, and says what to install.
+    """
     try:
-        return importlib.import_module(f"bntools.backends.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("bntools"):
             raise

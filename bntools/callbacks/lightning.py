@@ -94,11 +94,11 @@ class RecalibrateBatchNorm(Callback):
 
     Averaged weights get statistics of their own: behind WeightAveraging and EMAWeightAveraging the average that is
     validated, and the one that is left at the end; behind StochasticWeightAveraging the one at the end. This callback
-    belongs after them in the list. On several processes every one must be given the same batches: what they have
-    measured is compared.
+    belongs after them in the list. On several processes all measure together: give each its own share of the
+    batches, as a DistributedSampler does, or, without ``prior``, ``tolerance`` and ``max_samples``, all the same.
 
     Raises BntoolsError for data that can be read only once, and in ``fit`` for a place before an averaging callback,
-    for processes that disagree, and what ``bntools.recalibrate`` raises.
+    and what ``bntools.recalibrate`` raises.
 
         trainer = Trainer(callbacks=[WeightAveraging(), RecalibrateBatchNorm(train_batches, max_samples=2048)])
     """

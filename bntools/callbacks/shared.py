@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from math import inf
 from numbers import Integral
 from typing import Any
 
@@ -15,8 +14,8 @@ from bntools.batches import is_repeatable
 from bntools.digests import digest
 from bntools.errors import BntoolsError
 from bntools.inspection import inspect
-from bntools.layer import Selection, Stats, distance
-from bntools.recalibrated import SUSPECT, Recalibration
+from bntools.layer import Selection
+from bntools.recalibrated import Recalibration
 from bntools.recalibration import recalibrate
 
 UNITS = ("epochs", "steps")
@@ -65,9 +64,8 @@ class Recalibrator:
     def __call__(self, model: Any) -> None:
         """Recalibrate the model, unless all of its statistics are frozen, which a warning says.
 
-        In a distributed training every process measures, and all get the statistics of the first: what they have
-        measured differs by rounding where their devices do. Raises BntoolsError, on every process, where it differs
-        by more, or one of them has failed.
+        In a distributed training all processes measure together, and come to the same statistics: each may be given
+        its own share of the data, or all the same. Raises BntoolsError, on every process, where one of them has failed.
         """
         if self.layers is None and all(layer.stats_frozen for layer in inspect(model)):
             warnings.warn(
@@ -78,70 +76,31 @@ class Recalibrator:
             return
         if _state(model) == self._done:
             return
-        if self.prior:
-            # In training each process moves its own statistics; DDP takes the first's with the next batch.
-            _store(model, _on_all_ranks(model, _statistics(model))[0])
-        try:
-            result = recalibrate(
-                model,
-                self.batches,
-                method=self.method,
-                prior=self.prior,
-                layers=self.layers,
-                forward=self.forward,
-                memory=self.memory,
-                tolerance=self.tolerance,
-                max_samples=self.max_samples,
-                check=self.check,
-            )
-        except Exception:
-            _on_all_ranks(model, None)  # where the others wait
-            raise
-        try:
-            _agree(model, result)
-        except BntoolsError:
-            result.undo()
-            raise
+        result = recalibrate(
+            model,
+            self.batches,
+            method=self.method,
+            prior=self.prior,
+            layers=self.layers,
+            forward=self.forward,
+            memory=self.memory,
+            tolerance=self.tolerance,
+            max_samples=self.max_samples,
+            check=self.check,
+            group=_world(model),
+        )
         self.results.append(result)
         self._done = _state(model)
 
 
 def _state(model: Any) -> str:
     """A digest of weights and statistics."""
-    numbers = [np.ascontiguousarray(values).data for both in _statistics(model).values() for values in both]
+    tracked = [layer.stats for layer in inspect(model) if layer.tracked]
+    numbers = [np.ascontiguousarray(values).data for both in tracked for values in both]
     return digest(backends.of(model).digest(model).encode(), *numbers)
 
 
-def _statistics(model: Any) -> dict[str, Stats]:
-    return {layer.name: layer.stats for layer in inspect(model) if layer.tracked}
-
-
-def _on_all_ranks(model: Any, value: Any) -> list[Any]:
+def _world(model: Any) -> Any:
+    """The process group of a distributed training, if there is one."""
     backend = backends.of(model)
-    return backend.on_all_ranks(value) if hasattr(backend, "on_all_ranks") else [value]
-
-
-def _store(model: Any, statistics: dict[str, Stats]) -> None:
-    backends.of(model).write(model, {name: (*both, None) for name, both in statistics.items()})
-
-
-def _agree(model: Any, result: Recalibration) -> None:
-    """Store what the first rank has measured. Raises BntoolsError, on every rank, where the ranks do not agree."""
-    every = _on_all_ranks(model, {layer.name: layer.after.stats for layer in result.layers})
-    failed = [rank for rank, measured in enumerate(every) if measured is None]
-    if failed:
-        raise BntoolsError(f"recalibrating has failed on process {failed[0]} of {len(every)}: its own error says why")
-    first, *others = every
-    gaps = [
-        distance(first[layer.name], other[layer.name], layer.after.eps) if layer.name in first.keys() & other else inf
-        for other in others
-        for layer in result.layers
-    ]
-    if not all(gap <= SUSPECT for gap in gaps):
-        raise BntoolsError(
-            f"the {len(every)} processes have measured different statistics, so each would validate and save another "
-            f"model: give RecalibrateBatchNorm the same batches in the same order on every process, without a "
-            f"DistributedSampler and without shuffling"
-        )
-    if any(gaps):
-        _store(model, first)
+    return backend.world() if hasattr(backend, "world") else None

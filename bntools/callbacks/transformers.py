@@ -48,11 +48,11 @@ class RecalibrateBatchNorm(TrainerCallback):
     the arguments after ``at_end`` are those of ``bntools.recalibrate``: dicts, as a data collator makes them, go into
     the model as keywords. ``check`` is off, for it takes another pass. ``results`` holds a Recalibration for each time.
     Nothing is done twice for the same weights, nothing where all statistics are frozen, which a warning says, and
-    nothing for ``evaluate`` outside of ``train`` or before its first step. On several processes every one must
-    be given the same batches: what they have measured is compared.
+    nothing for ``evaluate`` outside of ``train`` or before its first step. On several processes all
+    measure together: give each its own share of the batches, as a DistributedSampler does, or, without ``prior``,
+    ``tolerance`` and ``max_samples``, all the same.
 
-    Raises BntoolsError for data that can be read only once, and in ``train`` for processes that disagree, and what
-    ``bntools.recalibrate`` raises.
+    Raises BntoolsError for data that can be read only once, and in ``train`` what ``bntools.recalibrate`` raises.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[RecalibrateBatchNorm(batches)])
     """

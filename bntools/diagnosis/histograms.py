@@ -12,7 +12,7 @@ from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, select
 from bntools.measurement import Job
-from bntools.replicas import Walker
+from bntools.walkers import Walker
 
 BINS = 64
 NARROW = 4.0  # standard deviations to either side that are always shown

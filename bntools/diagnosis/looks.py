@@ -20,8 +20,8 @@ from bntools.diagnosis.records import Preprocessing
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, distance
-from bntools.replicas import Walker
 from bntools.resizing import mapped, to_numpy
+from bntools.walkers import Walker
 
 MOST = 64  # samples: a first layer sees thousands of pixels of each
 BETTER = (

@@ -15,8 +15,8 @@ from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import Stats
 from bntools.measurement import Job
-from bntools.replicas import Walker
 from bntools.runner import Outputs
+from bntools.walkers import Walker
 
 SIZES = (1, 2, 8, 32)
 RUNS = 16  # batches of one size at the most: a run costs as much for one sample as for a few

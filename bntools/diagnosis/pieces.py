@@ -17,8 +17,8 @@ from bntools.batches import Batch, count
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.moments import Moments, merged
-from bntools.replicas import Walker
 from bntools.resizing import mapped
+from bntools.walkers import Walker
 
 SIZE = 8  # samples in a piece: enough of them for a noise, and large enough to be quick
 

@@ -1,14 +1,15 @@
 """Lightning's own Trainer, on the CPU, with a network of two layers."""
 
 import csv
+import threading
 import warnings
 from copy import deepcopy
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import shim  # noqa: F401
 import torch
+from peers import together
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,6 +22,7 @@ with warnings.catch_warnings():
 import bntools
 from bntools.callbacks.lightning import FreezeBatchNorm, MonitorBatchNorm, RecalibrateBatchNorm, StopOnNonFinite
 from bntools.errors import BntoolsError
+from bntools.processes import PeerError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers, loggers and intervals
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)) * 3 + 2
@@ -208,13 +210,18 @@ def test_the_monitor_writes_to_the_loggers(tmp_path):
     assert torch.equal(plain.net[1].running_mean, model.net[1].running_mean)
 
 
-def ranks(monkeypatch, others):
-    """As if there were a second process, which hands in ``others(value)`` first."""
+def trained_together(monkeypatch, work):
+    """What ``work(rank)`` returns or raises on two processes of a distributed training."""
     from bntools.backends import torch as backend
 
-    asked = []
-    monkeypatch.setattr(backend, "on_all_ranks", lambda value: asked.append(value) or [others(value), value])
-    return asked
+    own = threading.local()
+    monkeypatch.setattr(backend, "world", lambda: own.group)
+
+    def run(group):
+        own.group = group
+        return work(group.rank)
+
+    return together(2, run)
 
 
 def recalibrator(batches, **options):
@@ -222,60 +229,37 @@ def recalibrator(batches, **options):
     return RecalibrateBatchNorm(batches, **options)._recalibrate
 
 
-def test_processes_that_disagree_are_told(monkeypatch):
-    """Different statistics on two ranks, or a failure of one, are an error on both, and nothing has changed."""
-    for others, message in (
-        (lambda value: {name: (mean + 1, var) for name, (mean, var) in value.items()}, "the 2 processes have measured"),
-        (lambda value: {"another": value["net.1"]}, "the 2 processes have measured"),
-        (lambda value: None, "failed on process 0 of 2"),
-    ):
-        model = module()
-        ranks(monkeypatch, others)
-        with pytest.raises(BntoolsError, match=message):
-            recalibrator(BATCHES)(model)
-        assert (model.net[1].running_mean == 0).all()
-
-
-def test_processes_take_the_statistics_of_the_first(monkeypatch):
-    """What differs by rounding is no error, and then the same; only layers that were measured are compared."""
-    model = module()
-    model.net[3] = nn.BatchNorm1d(3)
-    asked = ranks(monkeypatch, lambda value: {name: (mean + 1e-5, var) for name, (mean, var) in value.items()})
-    recalibrator(BATCHES, layers="net.1")(model)
-    measured = asked[0]["net.1"][0]
-    assert [list(value) for value in asked] == [["net.1"]]
-    assert np.array_equal(model.net[1].running_mean.numpy(), np.float32(measured + 1e-5))
+def test_processes_measure_their_shares_together(monkeypatch):
+    """However they are cut: all get the statistics of the whole data, and of the same data on each as well."""
+    whole = module()
+    recalibrator(BATCHES)(whole)
+    for shares in ((BATCHES[:1], BATCHES[1:]), (BATCHES, BATCHES)):
+        models = [module(), module()]
+        results = trained_together(monkeypatch, lambda rank: recalibrator(shares[rank])(models[rank]))  # noqa: B023
+        assert results == [None, None]
+        assert torch.equal(models[0].net[1].running_mean, models[1].net[1].running_mean)
+        torch.testing.assert_close(models[0].net[1].running_var, whole.net[1].running_var)
 
 
 def test_processes_weigh_the_statistics_of_the_first_with_prior(monkeypatch):
     """In training each process has statistics of its own: a prior is those of the first on all of them."""
-    model = module()
-    asked = ranks(monkeypatch, lambda value: value if len(asked) > 1 else {"net.1": (np.full(3, 6.0), np.ones(3))})
-    result = recalibrator(BATCHES, prior=10**9)
-    result(model)
-    assert (model.net[1].running_mean > 5.9).all()
+    models = [module(), module()]
+    models[0].net[1].running_mean.fill_(6.0)
+    shares = (BATCHES[:1], BATCHES[1:])
+    results = trained_together(monkeypatch, lambda rank: recalibrator(shares[rank], prior=10**9)(models[rank]))
+    assert results == [None, None]
+    assert all((model.net[1].running_mean > 5.9).all() for model in models)
 
 
 def test_a_process_that_fails_tells_the_others(monkeypatch):
-    """They wait for what it has measured."""
-    asked = ranks(monkeypatch, lambda value: value)
-    with pytest.raises(BntoolsError, match="NaN or Inf"):
-        recalibrator([(X * torch.nan,)])(module())
-    assert asked == [None]
-
-
-def test_a_process_hears_from_all():
-    """What the ranks hand in comes back by rank, in a process group of one, and without any."""
-    from torch import distributed
-
-    from bntools.backends.torch.ranks import on_all_ranks
-
-    assert on_all_ranks("a") == ["a"]
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert on_all_ranks("a") == ["a"]
-    finally:
-        distributed.destroy_process_group()
+    """Both raise, each in its own words, and each gets its own statistics back."""
+    models = [module(), module()]
+    models[1].net[1].running_mean.fill_(6.0)
+    shares = (BATCHES, [(X * torch.nan,)])
+    results = trained_together(monkeypatch, lambda rank: recalibrator(shares[rank])(models[rank]))
+    assert [type(error) for error in results] == [PeerError, BntoolsError]
+    assert str(results[0]).startswith("rank 1 of 2 has failed: batch 0 brings NaN or Inf")
+    assert [float(model.net[1].running_mean[0]) for model in models] == [0, 6]
 
 
 def test_a_module_that_trains_with_callbacks_can_be_copied():

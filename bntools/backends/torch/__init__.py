@@ -11,10 +11,11 @@ from bntools.backends.torch.files import load, save
 from bntools.backends.torch.freezing import freeze, reset, unfreeze
 from bntools.backends.torch.graph import graph
 from bntools.backends.torch.inputs import input_channels
-from bntools.backends.torch.layers import layers, parts, write
+from bntools.backends.torch.layers import layers, parts, stored, write
 from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.observing import observer
-from bntools.backends.torch.ranks import on_all_ranks
+from bntools.backends.torch.placing import autocast, double
+from bntools.backends.torch.ranks import ranks, world
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
 from bntools.backends.torch.surgery import absorb
@@ -26,10 +27,12 @@ __all__ = [
     "absorb",
     "adapt",
     "arrays",
+    "autocast",
     "commit",
     "convert",
     "described",
     "digest",
+    "double",
     "edit",
     "export",
     "free_memory",
@@ -42,12 +45,14 @@ __all__ = [
     "load",
     "measuring",
     "observer",
-    "on_all_ranks",
     "parts",
     "predict",
+    "ranks",
     "reset",
     "runners",
     "save",
+    "stored",
     "unfreeze",
+    "world",
     "write",
 ]

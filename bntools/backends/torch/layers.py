@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,26 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from bntools.backends.torch.measuring import stays
 from bntools.errors import BntoolsError
 from bntools.layer import SMALL_SHARE, BatchNorm
+from bntools.moments import Moments
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DataParallel, DistributedDataParallel or torch.compile."""
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    *_, own = inside(model)
+    return own
+
+
+def inside(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what each of its wrappers holds, down to the user's own module."""
+    yield model
+    inner = model.module if isinstance(model, WRAPPERS) else getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        yield from inside(inner)
 
 
 def parts(model: nn.Module) -> set[Hashable]:
@@ -71,14 +76,26 @@ def layers(model: nn.Module) -> list[BatchNorm]:
 def write(model: nn.Module, statistics: Mapping[str, tuple[Any, Any, int | None]]) -> None:
     """Store (mean, var, updates) per layer name, in place; ``updates=None`` leaves the counter.
 
-    Raises BntoolsError, before anything is written, where a value does not fit the layer's dtype.
+    Raises BntoolsError, before anything is written, where a value does not fit the layer's dtype. Values that are
+    still on a device are written as they are: to look at them would wait for it.
     """
     new = [(name, _named(model, name), *values) for name, values in statistics.items()]
     for name, module, mean, var, _ in new:
-        check_fits(name, module.running_mean, mean, "mean")
-        check_fits(name, module.running_var, var, "variance")
+        if not (isinstance(mean, torch.Tensor) and stays(mean.device)):
+            check_fits(name, module.running_mean, mean, "mean")
+            check_fits(name, module.running_var, var, "variance")
     for _, module, mean, var, updates in new:
         _store(module, mean, var, updates)
+
+
+def stored(model: nn.Module, names: Iterable[str]) -> dict[str, Moments]:
+    """The statistics of layers as moments of one value, on the device if moments stay there; of no others."""
+    found = {name: _named(model, name) for name in names}
+    return {
+        name: Moments(1, *(values.detach().to(torch.float64, copy=True) for values in (of.running_mean, of.running_var)))
+        for name, of in found.items()
+        if stays(of.running_mean.device)
+    }
 
 
 def _named(model: nn.Module, name: str) -> Any:

@@ -1,19 +1,80 @@
-"""The processes of a distributed training."""
+"""The processes of torch.distributed, as the core works with them."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any
 
-from torch import distributed
+import torch
+from torch import distributed, nn
+
+from bntools.backends.torch.layers import inside
+from bntools.errors import BntoolsError
 
 
-def on_all_ranks(value: Any) -> list[Any]:
-    """The value that each process has handed in, by rank; its own alone where there is one process.
+class Ranks:
+    """The ranks of a process group.
 
-    Every process has to call it.
+    With a backend that knows only CUDA (NCCL) what is exchanged goes through the memory of ``device``.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, value)
-    return every
+
+    def __init__(self, group: distributed.ProcessGroup, device: torch.device | None):
+        self._group, self._on = group, device
+        self.device = str(device or "cpu")
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What each rank has handed in, pickled on the way, in the order of ranks."""
+        every: list[Any] = [None] * self.size
+        with self._on_device():
+            distributed.all_gather_object(every, value, group=self._group)
+        return every
+
+    def absent(self, seconds: float) -> list[int]:
+        """The ranks that are not here after some seconds, told through the store that all of them share.
+
+        All come to one verdict: the last to arrive says that they go, the first to lose patience that they do not.
+        """
+        from torch.distributed.distributed_c10d import _get_process_group_store  # which no public name gives away
+
+        store = _get_process_group_store(self._group)
+        call = f"bntools/{store.add(f'bntools/calls/{self.rank}', 1)}"
+        store.set(f"{call}/{self.rank}", "here")
+        if store.add(f"{call}/here", 1) == self.size:
+            store.compare_set(f"{call}/verdict", "", "go")
+        with suppress(RuntimeError):
+            store.wait([f"{call}/verdict"], timedelta(seconds=seconds))
+        if store.compare_set(f"{call}/verdict", "", "over") == b"go":
+            return []
+        absent = [rank for rank in range(self.size) if not store.check([f"{call}/{rank}"])]
+        if not absent:
+            raise BntoolsError(f"rank {self.rank} of {self.size} came late: the others have given up waiting for it")
+        return absent
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._on) if self._on is not None and self._on.type == "cuda" else nullcontext()
+
+
+def ranks(model: Any, group: Any = None) -> Ranks | None:
+    """The ranks of a process group, by default of the one in which DistributedDataParallel has put the model.
+
+    None for a model that is in none. Raises BntoolsError for anything but a process group that this process is in.
+    """
+    if group is None:
+        parallel = next((m for m in inside(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+        if parallel is None:
+            return None
+        group = parallel.process_group
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise BntoolsError(
+            f"found group={group!r}, expected a torch.distributed.ProcessGroup that this process belongs to, such as "
+            f"torch.distributed.group.WORLD after init_process_group"
+        )
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return Ranks(group, next((tensor.device for tensor in tensors), None))
+
+
+def world() -> Any:
+    """The group of all processes of a distributed training; None outside of one."""
+    return distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
