@@ -36,8 +36,9 @@ class Arrays:
 
     def batches(self, most: int | None = None) -> Iterator[Any]:
         """Batches of all samples, or of the first ``most``: arrays, or dicts of arrays."""
-        for start in range(0, min(self.samples, most or self.samples), self.reading.batch_size):
-            chosen = np.sort(self.order[start : start + self.reading.batch_size])  # in file order: it may be on a disk
+        order = self.order[:most] if most else self.reading.dealt(self.order)
+        for start in range(0, len(order), self.reading.batch_size):
+            chosen = np.sort(order[start : start + self.reading.batch_size])  # in file order: it may be on a disk
             if isinstance(self.content, dict):
                 yield {name: self._taken(name, chosen) for name in self.content}
             else:

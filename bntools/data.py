@@ -98,6 +98,7 @@ def open(
     layout: str = "NCHW",
     raw: Sequence[str] = (),
     preprocess: str | None = None,
+    shard: tuple[int, int, int] | None = None,
 ) -> Data:
     """Open a folder of images, a file of arrays, or a factory ``package.module:function`` as batches.
 
@@ -115,6 +116,9 @@ def open(
     dict batches. ``raw`` names arrays whose 8-bit images stay as they are, for models that take whole
     numbers; "" stands for a folder or a single array. Samples come in an order that only ``seed`` decides,
     and ``max_samples`` are drawn from all of them; a factory, which nobody can draw from, is cut short instead.
+    ``shard=(rank, count, together)`` reads the share of one of ``count`` processes: in groups of ``together`` samples,
+    which is 1 but for models bound to a batch size, every count-th of that order; of a factory every count-th batch.
+    Length, description and ``spec`` are those of the whole data.
 
         batches = data.open("photos/", size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -122,7 +126,17 @@ def open(
     """
     channels = 3 if preprocess is not None and channels is None else channels
     reading = Reading(
-        channels, _tuple(size), _tuple(mean), _tuple(std), batch_size, max_samples, seed, layout, tuple(raw), preprocess
+        channels,
+        _tuple(size),
+        _tuple(mean),
+        _tuple(std),
+        batch_size,
+        max_samples,
+        seed,
+        layout,
+        tuple(raw),
+        preprocess,
+        _tuple(shard),
     )
     if preprocess is not None:
         preprocessing.find(preprocess)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from bntools import imports
@@ -33,7 +34,9 @@ class Factory:
             raise BntoolsError(f"data {self.source!r}: can be read only once; name the function that makes it")
         limits = [limit for limit in (most, self.reading.max_samples) if limit is not None]
         given = again if limits else self._to_the_end(again, _length(made))
-        return (batch.content for batch in Source(given, min(limits, default=None)))
+        batches = (batch.content for batch in Source(given, min(limits, default=None)))
+        rank, count, _ = self.reading.shard or (0, 1, 1)
+        return batches if most else islice(batches, rank, None, count)
 
     def _to_the_end(self, batches: Iterator[Any], announced: int | None) -> Iterator[Any]:
         read = 0

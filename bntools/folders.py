@@ -100,7 +100,9 @@ class Folder:
 
     def _pixels(self, depth: int, most: int | None) -> Generator[np.ndarray, None, None]:
         known = {bad.path for bad in self.skipped}
-        files = [path for path in self.files if path not in known]
+        numbers = np.arange(len(self.files))
+        dealt = (self.files[number] for number in (numbers if most else self.reading.dealt(numbers)))
+        files = [path for path in dealt if path not in known]
         decode = partial(images.decode, channels=self.channels, size=self.size)
         given = 0
         with closing(ahead.in_order(decode, files, depth)) as results:

@@ -32,6 +32,7 @@ class Reading:
     layout: str
     raw: tuple[str, ...] = ()
     preprocess: str | None = None
+    shard: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         problems = {
@@ -46,6 +47,8 @@ class Reading:
             f"mean={self.mean} and std={self.std}: expected finite numbers": not all(
                 map(isfinite, (*(self.mean or ()), *(self.std or ())))
             ),
+            f"shard={self.shard}: expected (rank, count, together) with 0 <= rank < count": self.shard is not None
+            and not (len(self.shard) == 3 and 0 <= self.shard[0] < self.shard[1] and self.shard[2] > 0),
             "mean= and std= are for floating-point inputs, and this one takes whole numbers": "" in self.raw
             and self.mean is not None,
             "preprocess= does its own scaling: leave mean= and std= out": self.preprocess is not None
@@ -81,8 +84,15 @@ class Reading:
         return "scaled to 0..1" if self.preprocess is None else f"preprocessed for {self.preprocess}"
 
     def record(self) -> dict[str, Any]:
-        """The options as they go into a record, and back into ``data.open``."""
-        return asdict(self)
+        """The options as they go into a record, and back into ``data.open``: those of the whole data."""
+        return {name: value for name, value in asdict(self).items() if name != "shard"}
+
+    def dealt(self, order: np.ndarray) -> np.ndarray:
+        """What of an order of samples this process is to read."""
+        if self.shard is None:
+            return order
+        rank, count, together = self.shard
+        return order[np.arange(len(order)) // together % count == rank]
 
     def check_channels(self, source: str, channels: int) -> None:
         """Refuse a mean that does not have one number (or one for all) for each channel of the data, or grey images
