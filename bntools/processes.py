@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-import psutil
-
 from bntools.batches import said
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
@@ -102,6 +100,15 @@ class Group:
             self._exchange((" ".join(text.split()), None))
         self._over = True
 
+    def dismiss(self) -> None:
+        """Nothing will be exchanged any more: none of them waits for another, whatever happens to it."""
+        self._over = True
+
+    def dead(self) -> str:
+        """The processes of this machine that have ended, in words; empty if there is none."""
+        dead = [rank for rank, process in enumerate(self._processes) if _is_dead(*process)]
+        return f"{_ranks(dead)} of {self.size}" if dead else ""
+
     def _meet(self, peers: Peers) -> None:
         if self._patience is not None:
             try:
@@ -127,9 +134,8 @@ class Group:
                 return self._peers.exchange(value)
         except Exception as error:
             self._over = True
-            dead = [rank for rank, process in enumerate(self._processes) if _is_dead(*process)]
-            who = f"{_ranks(dead)} of {self.size} has died" if dead else f"one of {self.size} processes is lost"
-            raise LostError(f"{who} (killed, or out of memory?): {said(error)}") from error
+            who = self.dead() or f"one of {self.size} processes"
+            raise LostError(f"{who} has died (killed, or out of memory?): {said(error)}") from error
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -140,6 +146,8 @@ def _is_dead(host: str, pid: int) -> bool:
     """Whether a process of this machine has ended; of another one nobody knows."""
     if host != platform.node():
         return False
+    import psutil  # comes with the back ends, of which commands are parsed without one
+
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:

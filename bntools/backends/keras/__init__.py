@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import Any
+
+from bntools.backends import imported
 
 # Homes are called otherwise than their functions: a submodule is an attribute of its package as well.
 _HOME = {
@@ -54,10 +55,10 @@ def layers(model: Any) -> Any:
     archive = sys.modules.get(f"{__name__}.archive")
     if archive is not None and isinstance(model, archive.Archive):
         return list(model.records)
-    return import_module(f"{__name__}.found").layers(model)
+    return imported(f"{__name__}.found", "keras").layers(model)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(imported(f"{__name__}.{_HOME[name]}", "keras"), name)

@@ -6,9 +6,9 @@ imported from its home when it is asked for.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
+from bntools.backends import imported
 from bntools.backends.onnx.document import opened
 from bntools.backends.onnx.editing import commit, edit, handed, parts, reset, write
 from bntools.backends.onnx.layers import layers
@@ -45,4 +45,4 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(imported(f"{__name__}.{_HOME[name]}", "onnx"), name)
