@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
+
+# CUDA builds of PyTorch bring Triton, which aborts the process where TensorFlow, from 2.20, was imported before it:
+# https://github.com/tensorflow/tensorflow/issues/124205
+with suppress(ModuleNotFoundError):
+    import triton  # noqa: F401
 
 # What takes longest of all files. Tests may run on several processes, a file on one: these start first, so that none of
 # them runs on alone at the end.
