@@ -5,32 +5,88 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bntools.errors import BntoolsError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_threads = threading.RLock()
+_turns: set[Path] = set()  # folders that are locked
+
 
 @contextmanager
-def data_file(path: str | os.PathLike[str], referred: Callable[[Path], set[str]]) -> Iterator[Path]:
+def data_file(
+    path: str | os.PathLike[str], referred: Callable[[Path], set[str]], name: Path | None = None
+) -> Iterator[Path]:
     """A new name for the weights of ``path``, to be written before ``path`` itself is replaced in the block.
 
+    ``name`` is one from ``new_name`` that was taken already.
     ``referred`` tells the files beside it that a model file refers to. When the block ends, those go that
     the replaced file alone referred to and that bear such a name; when it raises, the new file goes. So at any moment
     the model file that is there finds its weights: a crash leaves the old pair or the new one, and at most a
     data file too many.
     """
     target = Path(os.path.realpath(path))
-    data = target.with_name(f"{target.stem}.{secrets.token_hex(4)}.data")
-    before = owned(target, referred)
+    data = new_name(target) if name is None else name
+    with turn(target.parent):  # else another process could replace the file after it was looked into
+        before = owned(target, referred)
+        try:
+            yield data
+        except BaseException:
+            with suppress(OSError):
+                data.unlink()
+            raise
+        for old in before - owned(target, referred):
+            with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
+                old.unlink()
+
+
+def new_name(path: str | os.PathLike[str]) -> Path:
+    """A name for a data file of this model file that no other has."""
+    target = Path(os.path.realpath(path))
+    return target.with_name(f"{target.stem}.{secrets.token_hex(4)}.data")
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Write files that belong together while no other bntools does so in this folder: processes wait for each other.
+
+    The lock is on the folder itself: no file of it is left, and it goes with its process. Where a system or file
+    system knows no such locks, files are written without.
+    """
+    with _threads:
+        if folder in _turns:
+            yield
+            return
+        with _locked(folder):
+            _turns.add(folder)
+            try:
+                yield
+            finally:
+                _turns.discard(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     try:
-        yield data
-    except BaseException:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
         with suppress(OSError):
-            data.unlink()
-        raise
-    for old in before - owned(target, referred):
-        with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
-            old.unlink()
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def owned(target: Path, referred: Callable[[Path], set[str]]) -> set[Path]:
@@ -38,6 +94,11 @@ def owned(target: Path, referred: Callable[[Path], set[str]]) -> set[Path]:
     named = re.compile(rf"{re.escape(target.stem)}\.[0-9a-f]{{8}}\.data")
     names = referred(target) if target.is_file() else set()
     return {target.with_name(name) for name in names if named.fullmatch(name)}
+
+
+def taken(path: str | os.PathLike[str]) -> BntoolsError:
+    """The error for a file that is there and not to be replaced."""
+    return BntoolsError(f"{path} exists and was not to be overwritten: it is as before. Choose another name")
 
 
 def flush(path: Path) -> None:

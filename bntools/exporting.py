@@ -18,7 +18,7 @@ import numpy as np
 import bntools
 from bntools import backends
 from bntools.batches import count
-from bntools.datafiles import data_file, flush
+from bntools.datafiles import data_file, flush, new_name, taken
 from bntools.errors import BntoolsError, VerificationError
 from bntools.files import atomic_write
 from bntools.graphfold import NOTE, fold_file
@@ -88,6 +88,7 @@ def export(
     providers: Sequence[str] = ("cpu",),
     tolerance: float | None = None,
     opset: int | None = None,
+    overwrite: bool = True,
 ) -> Exported:
     """Write a model as an ONNX file that is proven to compute what the model computes in eval mode.
 
@@ -103,6 +104,7 @@ def export(
         example: one batch: an array, a tuple or list (its first element), or a dict, whose keywords become the
             names of the file's inputs.
         providers, tolerance: as in ``verify``. ``opset``: None is the exporter's own.
+        overwrite: False refuses to replace a file, also one that appears meanwhile.
 
     Raises VerificationError, whose ``check`` holds the figures, where no file verifies; BntoolsError where none
     can be had, the model fails on the example or the file cannot be written. Nothing is written then.
@@ -110,7 +112,7 @@ def export(
         check = bntools.export(model, "model.onnx", images[:8])
         print(check.error, check.exporter, len(check.folded))
     """
-    path = _onnx_path(path)
+    path = _onnx_path(path, overwrite)
     backend, onnx = backends.of(model), backends.backend("onnx")
     onnx.require(providers)
     if hasattr(backend, "require_exporter"):
@@ -134,16 +136,20 @@ def export(
         onnx.check(file)
         return verify(model, file, plan.batches, providers=providers, tolerance=tolerance)
 
-    with data_file(path, onnx.external_files) as data, _workshop(path) as folder:
+    data = new_name(path)
+    with _workshop(path) as folder:
         file, plan, check, failures = _first_that_verifies(plans, folder, path.name, attempt)
         said = [note.replace(str(file), path.name) for note in check.notes]
         exported = _exported(check, plan, folds.get(file, fold), notes, [*failures, *said])
         onnx.add_metadata(file, _record(runner.name, backend, exported))
-        _publish(file, data, path)
+        with data_file(path, onnx.external_files, data):
+            _publish(file, data, path, overwrite)
     return exported
 
 
-def _onnx_path(path: str | Path) -> Path:
+def _onnx_path(path: str | Path, overwrite: bool) -> Path:
+    if not overwrite and Path(path).exists():
+        raise taken(path)
     if Path(path).suffix.lower() != ".onnx":
         raise BntoolsError(f"{path}: expected a name that ends in .onnx")
     return Path(path)
@@ -278,11 +284,11 @@ def _workshop(path: Path) -> Iterator[Path]:
         raise BntoolsError(f"{path}: cannot be written: {error.strerror or error} (nothing was written)") from error
 
 
-def _publish(file: Path, data: Path, path: Path) -> None:
+def _publish(file: Path, data: Path, path: Path, overwrite: bool) -> None:
     """Give the verified file its name, its external weights first; ``data`` is the place of those."""
     written = file.with_name(data.name)
     if written.exists():
         flush(written)
         os.replace(written, data)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, overwrite=overwrite) as temporary:
         os.replace(file, temporary)

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from bntools import backends, imports
-from bntools.datafiles import data_file
+from bntools.datafiles import data_file, taken
 from bntools.errors import BntoolsError
 from bntools.swapping import atomic_folder
 
@@ -81,17 +81,32 @@ def reader(path: Path) -> ModuleType:
     return backends.of_path(path)
 
 
+State = tuple[int, int, int] | None
+
+
+def state(path: str | os.PathLike[str]) -> State:
+    """What tells, without reading it, whether a file was replaced or written to; None where there is none."""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return None
+    return now.st_ino, now.st_size, now.st_mtime_ns
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
+        before = state(path)
         if path.is_file() and not path.stat().st_size:
             raise BntoolsError(f"{path}: the file is empty")
         yield
+        if path.is_file() and state(path) != before:
+            raise BntoolsError(f"{path}: was changed while it was read: try again when it is written to its end")
     except OSError as error:
         raise BntoolsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def save(model: Any, path: str | os.PathLike[str]) -> None:
+def save(model: Any, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Write a model to a file, all or not at all, in the form in which it was loaded.
 
     A checkpoint keeps its other entries, a safetensors file its metadata; weights of an ONNX model that lie in
@@ -99,6 +114,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     another form than the model came in, or the model was not loaded from a file, the suffix decides:
     ``.pt`` and ``.pth`` are the whole model pickled, ``.safetensors`` its state dict, ``.keras`` and ``.h5`` a whole
     Keras model. One from a SavedModel folder is saved as such a folder under a name without these suffixes.
+    ``overwrite=False`` refuses to replace a file, also one that appears while the model is written.
 
     Raises BntoolsError where that form cannot hold the model (a state dict of a folded one, say) or
     the file cannot be written; the file is then as before.
@@ -106,14 +122,14 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     backend = backends.of(model)
     came = origin(model)
     if getattr(came, "folder", False) and Path(path).suffix.lower() not in backends.SUFFIXES:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, overwrite=overwrite) as temporary:
             backend.save(model, str(path), temporary, came)
         return
     if backends.of_path(Path(path)) is not backend:
         remedy = "an ONNX model is saved as .onnx" if hasattr(backend, "external_files") else "use bntools.export"
         raise BntoolsError(f"{path}: a {type(model).__name__} is not saved as {Path(path).suffix}; {remedy}")
     referred: Callable[[Path], set[str]] = getattr(backend, "external_files", lambda _: set())
-    with data_file(path, referred) as data, atomic_write(path) as temporary:
+    with data_file(path, referred) as data, atomic_write(path, overwrite=overwrite) as temporary:
         backend.save(model, str(path), temporary, came, data)
 
 
@@ -126,23 +142,25 @@ def origin(model: Any) -> Any:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Write a file all or not at all: yields a temporary path in the same folder to write to.
 
     When the block ends, what was written is flushed to the disk and takes the place of ``path`` in
     one step, with the permissions of the file it replaces. When the block raises, anything at all,
     the temporary file is removed and ``path`` is as before. The temporary path has the suffix of
-    ``path``; a symbolic link stays a link and the file it leads to is replaced.
+    ``path``; a symbolic link stays a link and the file it leads to is replaced. A process that is killed leaves at most
+    the temporary file, ``.model.1a2b3c4d.pt``, which nothing reads. With ``overwrite=False`` nothing is replaced.
 
     Raises BntoolsError where the file cannot be written: no such folder, read-only, disk full.
     """
     target = Path(os.path.realpath(path))
-    _check_target(path, target)
+    _check_target(path, target, overwrite)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         mode = _create(temporary, target)
         yield temporary
         _settle(temporary, target, mode)
+        _place(path, temporary, target, overwrite)
     except OSError as error:
         raise BntoolsError(
             f"{path}: cannot be written: {error.strerror or error} "
@@ -153,13 +171,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _check_target(path: str | os.PathLike[str], target: Path) -> None:
+def _check_target(path: str | os.PathLike[str], target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise BntoolsError(f"{path}: is a folder; expected the name of a file to write")
     if target.exists() and not target.is_file():
         raise BntoolsError(f"{path}: is no regular file (a device or a pipe?), so it cannot be replaced by one")
     if not target.parent.is_dir():
         raise BntoolsError(f"{path}: the folder {target.parent} does not exist; create it first")
+    if not overwrite and target.exists():
+        raise taken(path)
 
 
 def _create(temporary: Path, target: Path) -> int:
@@ -173,11 +193,30 @@ def _create(temporary: Path, target: Path) -> int:
 
 
 def _settle(temporary: Path, target: Path, mode: int) -> None:
-    """Flush, then replace. The permissions come last: some writers recreate the file they are given."""
+    """Flush. The permissions come last: some writers recreate the file they are given."""
     descriptor = os.open(temporary, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.chmod(temporary, mode)
-    os.replace(temporary, target)
+
+
+def _place(path: str | os.PathLike[str], temporary: Path, target: Path, overwrite: bool) -> None:
+    """Give what was written its name. Raises BntoolsError where a file has it that is not to be replaced.
+
+    Such a file may have appeared just now: who looks first, and replaces then, is too late.
+    """
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without second names: an empty file holds the place
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            os.replace(temporary, target)
+    except FileExistsError as error:
+        raise taken(path) from error

@@ -21,11 +21,11 @@ LARGEST_EPS = float(np.finfo(np.float32).max)
 MEAN, VAR = "running_mean", "running_var"
 
 
-def save_stats(stats: Any, path: str | os.PathLike[str]) -> None:
+def save_stats(stats: Any, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
     """Write statistics, or those of a model, to a ``.safetensors`` file, all or not at all.
 
     Float32 where that is exact, as it nearly always is, else float64: a ResNet-50 takes 226 kB. The file tells by
-    itself what it is, and ``bntools stats show`` prints it.
+    itself what it is, and ``bntools stats show`` prints it. ``overwrite=False`` refuses to replace a file.
 
     Raises BntoolsError for another suffix, a model without statistics, and a file that cannot be written.
     """
@@ -37,7 +37,7 @@ def save_stats(stats: Any, path: str | os.PathLike[str]) -> None:
         for layer in stats
         for kind, values in ((MEAN, layer.mean), (VAR, layer.var))
     }
-    KIND.write(Path(path), described(stats), tensors)
+    KIND.write(Path(path), described(stats), tensors, overwrite=overwrite)
 
 
 def load_stats(path: str | os.PathLike[str]) -> Statistics:

@@ -35,7 +35,9 @@ class Kind:
     of: str
     writer: str
 
-    def write(self, path: Path, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    def write(
+        self, path: Path, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, overwrite: bool = True
+    ) -> None:
         """Write a file, all or not at all; the facts get the format."""
         tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that float64 lies aligned
         text = json.dumps({"format": self.format, **facts}, allow_nan=False)
@@ -47,7 +49,7 @@ class Kind:
             place += values.nbytes
         head = json.dumps(header, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             file.writelines(values.tobytes() for values in tensors.values())
 

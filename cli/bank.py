@@ -56,6 +56,7 @@ def write(
     loaded: Any,
     data: str,
     folder: Path,
+    force: bool,
     reading: Reading,
     options: dict[str, Any],
     as_json: bool,
@@ -71,7 +72,7 @@ def write(
             stack.enter_context(said_when_skipped(name, one, quiet=as_json))
         bank = bntools.bank(loaded, batches, progress=stack.enter_context(progress.samples()), **options)
     record = _record(model, folder, batches, bank)
-    _save(bank, folder, record)
+    _save(bank, folder, record, force)
     if as_json:
         output.as_json(record)
     else:
@@ -102,11 +103,11 @@ def domains(data: str) -> dict[str, Path]:
     return named
 
 
-def _save(bank: Any, folder: Path, record: dict[str, Any]) -> None:
+def _save(bank: Any, folder: Path, record: dict[str, Any], force: bool) -> None:
     from bntools.statfiles import save_stats
     from bntools.swapping import atomic_folder
 
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, overwrite=force) as temporary:
         for name in bank:
             save_stats(bank[name], temporary / f"{name}{SUFFIX}")
         (temporary / RECORD).write_text(records.text(record), encoding="utf-8")

@@ -59,6 +59,7 @@ def command(
         loaded,
         exported,
         batch,
+        force=force,
         providers=providers,
         tolerance=tolerance,
         opset=opset,

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bntools.errors import BntoolsError
+from bntools.files import state
 
 from . import arguments, loading, output, paths, progress, reporting, shipping
 from .loading import example, load
@@ -58,14 +59,21 @@ def command(
     if target is not None and paths.is_onnx(target) != paths.is_onnx(model):
         other = f"for ONNX use --export {target}" if paths.is_onnx(target) else "an ONNX file stays one: -o OUT.onnx"
         raise click.UsageError(f"-o writes a model in the format it came in: {other}")
+    before = state(model)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     batch, described = example(model, loaded, data, shape, reading)
     output.say(f"trying it on {described}", quiet=as_json)
     if exported is not None:
-        shipping.export(model, loaded, exported, batch, html=html, tried=described, as_json=as_json)
-    else:
-        _fold(model, loaded, written, batch, layers, html, described, as_json)
+        shipping.export(model, loaded, exported, batch, force=force, html=html, tried=described, as_json=as_json)
+        return
+    import bntools
+
+    result = _folded(model, loaded, batch, layers)
+    with reporting.beside(html, result, {"model": str(model), "output": str(written), "tried on": described}):
+        paths.check_source(model, written, before)
+        bntools.save(result.model, written, overwrite=force)
+    _say(model, written, result, html, as_json)
 
 
 def _written(target: Path | None, exported: Path | None, layers: tuple[str, ...]) -> Path:
@@ -97,22 +105,14 @@ def _choose(written: Path, as_json: bool) -> Path:
     return model
 
 
-def _fold(
-    model: Path,
-    loaded: Any,
-    written: Path,
-    batch: Any,
-    layers: tuple[str, ...],
-    html: Path | None,
-    tried: str,
-    as_json: bool,
-) -> None:
+def _folded(model: Path, loaded: Any, batch: Any, layers: tuple[str, ...]) -> Any:
     import bntools
 
     with progress.step(f"folding {model}"):
-        result = bntools.fold(loaded, batch, layers=layers or None)
-    with reporting.beside(html, result, {"model": str(model), "output": str(written), "tried on": tried}):
-        bntools.save(result.model, written)
+        return bntools.fold(loaded, batch, layers=layers or None)
+
+
+def _say(model: Path, written: Path, result: Any, html: Path | None, as_json: bool) -> None:
     if as_json:
         output.as_json(shipping.record(model, written, result.folded, result.kept, result.check))
     else:

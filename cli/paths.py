@@ -8,6 +8,7 @@ import click
 
 from bntools.backends import SUFFIXES, is_saved_model
 from bntools.errors import BntoolsError
+from bntools.files import State, state
 
 # Suffixes of one form, or of forms that are written in place of each other.
 PICKLED, KERAS = (".pt", ".pth", ".bin", ".ckpt"), (".keras", ".h5", ".hdf5")
@@ -61,6 +62,15 @@ def refuse_existing(*paths: Path, force: bool, option: str = "-o") -> None:
             raise BntoolsError(f"{path}: there is no folder {path.parent}")
         if path.exists() and not force:
             raise BntoolsError(f"{path} exists: choose another name with {option}, or overwrite it with --force")
+
+
+def check_source(model: Path, written: Path, before: State) -> None:
+    """Raise BntoolsError if the file to be replaced is MODEL and somebody has changed it since ``before`` it was read.
+
+    What they wrote would be lost.
+    """
+    if written.exists() and written.samefile(model) and state(model) != before:
+        raise BntoolsError(f"{model}: was changed while bntools worked on it, so it was not replaced: begin again")
 
 
 def newest_model(export: Path) -> tuple[Path, list[Path]]:

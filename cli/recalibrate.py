@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from . import arguments, bank, loading, output, progress, records, reporting
+from bntools.files import state
+
+from . import arguments, bank, loading, output, paths, progress, records, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -73,6 +75,7 @@ def command(
     else:
         written, record_path = records.destinations(model, target, in_place, force)
     reporting.refuse(html, force)
+    before = state(model)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
@@ -86,17 +89,18 @@ def command(
         "check": not no_check,
     }
     if per_domain:
-        bank.write(model, loaded, data, folder, reading, options, as_json)
+        bank.write(model, loaded, data, folder, force, reading, options, as_json)
         return
+    start = records.provenance("recalibrate", model, written)
     batches = reading.open(data, loaded)
     output.say(f"{data}: {batches.description}", quiet=as_json)
     with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
         result = bntools.recalibrate(loaded, batches, progress=report, **options)
-    start = records.provenance("recalibrate", model, written)
     record = {**start, "input": batches.spec, **records.recalibration(result)}
     about = {"model": str(model), "data": f"{data}: {batches.description}", "output": str(written)}
     with reporting.beside(html, result, about):
-        records.write_both(loaded, written, record, record_path)
+        paths.check_source(model, written, before)
+        records.write_both(loaded, written, record, record_path, overwrite=force or in_place)
     if as_json:
         output.as_json(record)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from bntools import __version__
+from bntools import __version__, datafiles
 from bntools.errors import BntoolsError
 
 from . import paths
@@ -91,14 +91,26 @@ def read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "bntools" in record else None
 
 
-def write_both(model: Any, output: Path, record: dict[str, Any], record_path: Path) -> None:
-    """Write a model and its record, or neither: a failure of one leaves both files as they were."""
+def write_both(model: Any, output: Path, record: dict[str, Any], record_path: Path, *, overwrite: bool = True) -> None:
+    """Write a model and its record, or neither: a failure of one leaves both files as they were.
+
+    Two processes that write the same files do so one after the other. One that is killed in between leaves a model
+    without a record, never with that of another model.
+    """
     import bntools
     from bntools.files import atomic_write
 
-    with _kept(Path(os.path.realpath(output))), atomic_write(record_path) as temporary:
+    place, record_place = (Path(os.path.realpath(path)) for path in (output, record_path))
+    with (
+        datafiles.turn(place.parent),
+        _kept(place),
+        _kept(record_place),
+        atomic_write(record_path, overwrite=overwrite) as temporary,
+    ):
         temporary.write_text(text(record), encoding="utf-8")
-        bntools.save(model, output)
+        if overwrite:
+            record_place.unlink(missing_ok=True)
+        bntools.save(model, output, overwrite=overwrite)
 
 
 @contextmanager
@@ -131,7 +143,7 @@ def _remove(path: Path) -> None:
 
 def _data_files(path: Path) -> set[Path]:
     """The files with external weights that were written together with a model file."""
-    from bntools import backends, datafiles
+    from bntools import backends
 
     if path.suffix.lower() not in backends.SUFFIXES:  # a folder holds all of its files itself
         return set()

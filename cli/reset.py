@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bntools.files import state
+
 from . import arguments, loading, output, paths
 from .loading import load
 
@@ -38,6 +40,7 @@ def command(
     """
     written = paths.destination(model, "reset", target, in_place)
     paths.refuse_existing(written, force=force or in_place)
+    before = state(model)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
@@ -45,7 +48,8 @@ def command(
     found = bntools.inspect(loaded)
     names = bntools.reset(loaded, layers=layers or None)
     untouched = {layer.name: layer.obstacle for layer in found if layer.obstacle}
-    bntools.save(loaded, written)
+    paths.check_source(model, written, before)
+    bntools.save(loaded, written, overwrite=force or in_place)
     if as_json:
         record = {"model": str(model), "output": str(written), "reset": names, "untouched": untouched}
         output.as_json(record)

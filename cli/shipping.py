@@ -19,6 +19,7 @@ def export(
     path: Path,
     batch: Any,
     *,
+    force: bool,
     providers: tuple[Any, ...] = (),
     tolerance: float | None = None,
     opset: int | None = None,
@@ -31,9 +32,10 @@ def export(
 
     about = {"model": str(model), "output": str(path), "tried on": tried}
     providers = providers or ("cpu",)
+    options: dict[str, Any] = {"providers": providers, "tolerance": tolerance, "opset": opset}
     try:
         with progress.step(f"exporting {path}"):
-            check = bntools.export(loaded, path, batch, providers=providers, tolerance=tolerance, opset=opset)
+            check = bntools.export(loaded, path, batch, overwrite=force, **options)
     except VerificationError as error:
         if error.check is not None:
             reporting.write(html, error.check, {**about, "output": f"{path}, which was not written"})

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from bntools.files import state
+
 from . import arguments, loading, output, paths
 from .loading import load
 
@@ -49,7 +51,7 @@ def save(
     import bntools
 
     stats = bntools.statistics(loaded, samples=samples, note=note)
-    bntools.save_stats(stats, written)
+    bntools.save_stats(stats, written, overwrite=force)
     if as_json:
         output.as_json({"model": str(model), "output": str(written), **described(stats)})
         return
@@ -86,12 +88,14 @@ def apply(
     """
     written = paths.destination(model, "applied", target, in_place)
     paths.refuse_existing(written, force=force or in_place)
+    before = state(model)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     import bntools
 
     applied = bntools.apply(loaded, file, strict=not other_weights)
-    bntools.save(loaded, written)
+    paths.check_source(model, written, before)
+    bntools.save(loaded, written, overwrite=force or in_place)
     if as_json:
         record = {"model": str(model), "statistics": str(file), "output": str(written)}
         output.as_json({**record, "layers": applied.layers, "notes": applied.notes})

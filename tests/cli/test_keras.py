@@ -180,7 +180,7 @@ def test_failed_record_restores_a_folder(bench, monkeypatch):
     """If the record cannot be written after all, the folder that was there is there again."""
     saved_model(Path("net"))
 
-    def save(model, path):
+    def save(model, path, overwrite=True):
         (Path(path) / "saved_model.pb").unlink()
         (Path(path) / "other").write_bytes(b"y")
 
