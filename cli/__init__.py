@@ -15,7 +15,7 @@ import click
 
 from bntools import BntoolsError, VerificationError, __version__
 
-from . import stdout
+from . import processes, stdout
 
 COMMANDS = ("inspect", "recalibrate", "reset", "stats", "diff", "fold", "export", "verify", "demo")
 
@@ -37,9 +37,16 @@ class Commands(click.Group):
             return None
         return import_module(f".{cmd_name}", __package__).command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find the command; only one of them is for the several processes of torchrun."""
+        found = super().resolve_command(ctx, args)
+        if found[0] != "recalibrate":
+            processes.refuse_together(str(found[0]))
+        return found
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse and run; a stdout that cannot be written to, a full disk, is no bug either."""
-        with stdout.patient():
+        with stdout.patient(), processes.one_voice():
             try:
                 return super().main(*args, **kwargs)
             except OSError as error:

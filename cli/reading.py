@@ -39,17 +39,19 @@ class Reading:
     seed: int
     preprocess: str | None = None
 
-    def open(self, source: str, model: Any = None) -> Any:
+    def open(self, source: str, model: Any = None, shard: tuple[int, int] | None = None) -> Any:
         """The data behind a folder, a file or a factory, as the model takes it.
 
         That is with as many channels, and for a model file that says more (ONNX) in its layout, size, dtype and
-        batch size. Samples that fill no batch of a fixed size are left out, which the data's description says.
+        batch size. Samples that fill no batch of a fixed size are left out, which the data's description says. With
+        ``shard``, a rank and a number of processes, the batches are the share of one of them.
         """
         from bntools import data
 
         takes = inputs_of(model)
         bound = next((one for one in takes if one.batch), None)
         options = {**self._options(source, model, takes), "batch_size": bound.batch if bound else self.batch_size}
+        options["shard"] = shard and (*shard, bound.batch if bound else 1)
         with stderr.without_logs() if self.preprocess else nullcontext():
             opened = data.open(source, **options, max_samples=self.max_samples)
         if bound is None or opened.samples is None:

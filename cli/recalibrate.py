@@ -9,7 +9,7 @@ import click
 
 from bntools.files import state
 
-from . import arguments, bank, loading, output, paths, progress, records, reporting
+from . import arguments, bank, loading, output, paths, placing, processes, progress, records, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -35,6 +35,7 @@ from .reading import Reading, reading_options, said_when_skipped
 )
 @click.option("--no-check", is_flag=True, help="Do not measure the residual: saves a pass over DATA.")
 @reading_options
+@placing.options
 @arguments.layers
 @arguments.arch
 @arguments.allow
@@ -54,6 +55,8 @@ def command(
     tolerance: float | None,
     no_check: bool,
     reading: Reading,
+    device: str | None,
+    autocast: str | None,
     layers: tuple[str, ...],
     arch: str | None,
     allow: tuple[str, ...],
@@ -71,41 +74,53 @@ def command(
     if per_domain and html is not None:
         raise click.UsageError("--per-domain writes no report: leave out --html")
     if per_domain:
-        folder = bank.destination(model, target, in_place, force)
-    else:
-        written, record_path = records.destinations(model, target, in_place, force)
-    reporting.refuse(html, force)
-    before = state(model)
-    loaded = load(model, arch, allow)
-    loading.to_inference(model, loaded, to_inference, quiet=as_json)
-    import bntools
+        processes.refuse_together("recalibrate --per-domain")
+    with processes.joined(model, device) as job:
+        if per_domain:
+            folder = bank.destination(model, target, in_place, force)
+        else:
+            written, record_path = records.destinations(model, target, in_place, force)
+        reporting.refuse(html, force)
+        placing.refuse(model, device, autocast)
+        before = state(model)
+        loaded = load(model, arch, allow)
+        loading.to_inference(model, loaded, to_inference, quiet=as_json)
+        import bntools
 
-    options: dict[str, Any] = {
-        "method": method,
-        "prior": prior,
-        "layers": layers or None,
-        "memory": memory,
-        "tolerance": tolerance,
-        "check": not no_check,
-    }
-    if per_domain:
-        bank.write(model, loaded, data, folder, force, reading, options, as_json)
-        return
-    start = records.provenance("recalibrate", model, written)
-    batches = reading.open(data, loaded)
-    output.say(f"{data}: {batches.description}", quiet=as_json)
-    with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
-        result = bntools.recalibrate(loaded, batches, progress=report, **options)
-    record = {**start, "input": batches.spec, **records.recalibration(result)}
-    about = {"model": str(model), "data": f"{data}: {batches.description}", "output": str(written)}
-    with reporting.beside(html, result, about):
-        paths.check_source(model, written, before)
-        records.write_both(loaded, written, record, record_path, overwrite=force or in_place)
-    if as_json:
-        output.as_json(record)
-    else:
-        _print(result, [written, record_path])
-        reporting.said(html, quiet=False)
+        options: dict[str, Any] = {
+            "method": method,
+            "prior": prior,
+            "layers": layers or None,
+            "memory": memory,
+            "tolerance": tolerance,
+            "check": not no_check,
+        }
+        if per_domain:
+            with placing.placed(loaded, job.device, autocast) as there:
+                bank.write(model, there, data, folder, force, reading, options, as_json)
+            return
+        start = records.provenance("recalibrate", model, written)
+        batches = reading.open(data, loaded, job.shard)
+        output.say(f"{data}: {batches.description}", quiet=as_json)
+        with (
+            said_when_skipped(data, batches, quiet=as_json),
+            placing.placed(loaded, job.device, autocast) as there,
+            progress.samples() as report,
+        ):
+            paced = job.paced(report)
+            result = bntools.recalibrate(there.model, batches, progress=paced, group=job.group, **options)
+        record = {**start, **job.record, **there.record, "input": job.agreed(batches), **records.recalibration(result)}
+        if job.group.rank:
+            return
+        about = {"model": str(model), "data": f"{data}: {batches.description}", "output": str(written)}
+        with reporting.beside(html, result, about):
+            paths.check_source(model, written, before)
+            records.write_both(loaded, written, record, record_path, overwrite=force or in_place)
+        if as_json:
+            output.as_json(record)
+        else:
+            _print(result, [written, record_path])
+            reporting.said(html, quiet=False)
 
 
 def _print(result: Any, written: list[Path]) -> None:

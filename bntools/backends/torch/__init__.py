@@ -15,7 +15,7 @@ from bntools.backends.torch.layers import layers, parts, stored, write
 from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.observing import observer
 from bntools.backends.torch.placing import autocast, double
-from bntools.backends.torch.ranks import ranks, world
+from bntools.backends.torch.ranks import join, ranks, world
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
 from bntools.backends.torch.surgery import absorb
@@ -40,6 +40,7 @@ __all__ = [
     "graph",
     "handed",
     "input_channels",
+    "join",
     "layers",
     "live",
     "load",

@@ -10,7 +10,10 @@ import torch
 from torch import distributed, nn
 
 from bntools.backends.torch.layers import inside
+from bntools.batches import said
 from bntools.errors import BntoolsError
+
+LONG = timedelta(days=1)  # one that died is noticed at once; one that reads a large share is waited for
 
 
 class Ranks:
@@ -52,8 +55,39 @@ class Ranks:
             raise BntoolsError(f"rank {self.rank} of {self.size} came late: the others have given up waiting for it")
         return absent
 
+    def is_first(self, what: str) -> bool:
+        """Whether this rank is the first that asks; also where nobody can tell any more."""
+        from torch.distributed.distributed_c10d import _get_process_group_store
+
+        try:
+            store = _get_process_group_store(self._group)
+            return bool(store.compare_set(f"bntools/{what}", "", str(self.rank)) == str(self.rank).encode())
+        except RuntimeError:  # it was kept by a process that has ended
+            return True
+
+    def leave(self) -> None:
+        """End the process group that ``join`` has made."""
+        with suppress(RuntimeError):
+            distributed.destroy_process_group(self._group)
+
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._on) if self._on is not None and self._on.type == "cuda" else nullcontext()
+
+
+def join(device: str | None, local: int) -> Ranks:
+    """Join the processes that torchrun has started, the ``local``-th on this machine.
+
+    Each computes on a GPU of its own, if there are any and ``device`` does not say otherwise. What they exchange is
+    small and read on the host, so it goes through gloo, which also notices at once when a process dies.
+    """
+    if device in (None, "cuda") and (gpus := torch.cuda.device_count()):
+        device = f"cuda:{local % gpus}"
+    try:
+        distributed.init_process_group("gloo", timeout=LONG)
+    except (RuntimeError, ValueError) as error:
+        raise BntoolsError(f"the processes of torchrun cannot reach one another: {said(error)}") from error
+    assert distributed.group.WORLD is not None
+    return Ranks(distributed.group.WORLD, torch.device(device or "cpu"))
 
 
 def ranks(model: Any, group: Any = None) -> Ranks | None:
