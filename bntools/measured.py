@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from bntools.batches import Batch
 from bntools.course import Course
-from bntools.moments import Arrival, Moments
+from bntools.moments import Arrival, Moments, merged
 from bntools.processes import Group
 
 
@@ -23,7 +23,7 @@ class Measured:
 
     def add(self, arrival: Arrival) -> None:
         """Pool one arrival."""
-        self.pool(arrival.layer, arrival.moments)
+        self.pool(arrival.layer, merged([arrival.moments]))
         self.follow(arrival)
 
     def follow(self, arrival: Arrival) -> None:

@@ -62,11 +62,16 @@ class Moments:
         return self.m2 / self.count
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of values together (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+        """The moments of both sets of values together (Chan, Golub and LeVeque 1983, eq. 2.1).
+
+        Of two that lie in different places both are read.
+        """
         if not self.count:
             return other
         if not other.count:
             return self
+        if self.at_hand != other.at_hand:
+            return self.numpy().merge(other.numpy())
         count = self.count + other.count
         delta = other.mean - self.mean
         return Moments(

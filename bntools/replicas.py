@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from bntools.batches import Batch, Source
-from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.measured import Measured
 from bntools.moments import Moments, merged
 from bntools.processes import Group
+from bntools.unread import Later, check_finite
 from bntools.walkers import Order, Replica, Walker
 
 Progress = Callable[[str, int], None]  # what is done, and for how many samples so far
+
+UNREAD = 16  # batches that run before what a device has measured of them is read
 
 # (layer, which call of it in a forward pass) that was released -> where this process's other walkers stood then
 Elsewhere = dict[tuple[str, int], dict[Walker, str]]
@@ -90,25 +90,49 @@ def virtual_batch(
 
 
 def one_by_one(
-    start: Callable[[object], Replica], batches: Iterable[Batch], group: Group, what: str, progress: Progress
+    start: Callable[[object], Replica],
+    batches: Iterable[Batch],
+    group: Group,
+    what: str,
+    progress: Progress,
+    measured: Measured | None = None,
+    after: Callable[[Measured, Batch], None] = lambda *_: None,
 ) -> Measured:
-    """Run the batches one after the other, without waiting, and pool what they meet, on all processes of the group."""
-    measured = Measured()
+    """Run the batches one after the other, without waiting, and pool what they meet, on all processes of the group.
+
+    They are pooled with what was ``measured`` before. ``after`` is called with all of that after each batch, or some
+    batches where it lies on a device.
+    """
+    measured = measured or Measured()
+    later = Later()
     for batch in batches:
         walker = Walker(start(batch.content), batch)
         try:
-            walker.advance()
-            while walker.arrival is not None:
-                _check_finite([walker], walker.arrival.layer, walker.arrival.moments)
-                measured.add(walker.arrival)
-                walker.advance()
+            with later.checked_on_failure():
+                _run_through(walker, measured, later)
         finally:
             with uninterrupted():
                 walker.replica.close()
         measured.samples += batch.samples
         _count_calls(measured, [walker])
         progress(what, measured.samples)
+        if later.batches == UNREAD:
+            later.read(measured, pool=True)
+        if not later.batches:
+            after(measured, batch)
+    later.read(measured, pool=True)
     return measured.on_all(group)
+
+
+def _run_through(walker: Walker, measured: Measured, later: Later) -> None:
+    walker.advance()
+    while (arrival := walker.arrival) is not None:
+        if isinstance(arrival.moments, Moments):
+            check_finite(arrival.layer, arrival.moments, [(walker.batch, arrival)])
+            measured.add(arrival)
+        else:
+            later.add(walker.batch, arrival)
+        walker.advance()
 
 
 def _admit_together(
@@ -174,29 +198,31 @@ def _walk(
     progress: Progress,
 ) -> Measured:
     """Release layer after layer until every replica of every process has come to its end."""
-    measured, own = Measured(samples, batches=[walker.batch for walker in walkers]), Measured()
+    measured, own, later = Measured(samples, batches=[walker.batch for walker in walkers]), Measured(), Later()
     elsewhere: Elsewhere = {}
     fits: int | None = None
-    while True:
-        live = [walker for walker in walkers if walker.arrival is not None]
-        every = group.gather((fits, _stops(live, elsewhere, group)))
-        if any(room is not None for room, _ in every):
-            raise _TooManyError(len(walkers) if fits is None else fits)
-        places = {layer for _, stops in every for layer in stops}
-        if not places:
-            break
-        layer = order.first(places, _paths(live, places, group))
-        stops = [stops[layer] for _, stops in every if layer in stops]
-        _note_late(layer, stops, order, measured)
-        here = [walker for walker in live if walker.stands_at(layer)]
-        waiting = {walker: walker.met.layer for walker in live if not walker.stands_at(layer)}
-        elsewhere.update({(layer, call): waiting for stop in stops for call in stop.calls})
-        for walker in here:
-            own.follow(walker.met)
-        measured.pool(layer, merged(stop.moments for stop in stops))
-        release(layer, measured.moments[layer], samples)
-        fits = _advance(here, live, memory)
-        progress("recalibrating", _samples(walkers) * len(measured.moments) // len(order.layers))
+    with later.checked_on_failure():
+        while True:
+            live = [walker for walker in walkers if walker.arrival is not None]
+            every = group.gather((fits, _stops(live, elsewhere, group)))
+            if any(room is not None for room, _ in every):
+                raise _TooManyError(len(walkers) if fits is None else fits)
+            places = {layer for _, stops in every for layer in stops}
+            if not places:
+                break
+            layer = order.first(places, _paths(live, places, group))
+            stops = [stops[layer] for _, stops in every if layer in stops]
+            _note_late(layer, stops, order, measured)
+            here = [walker for walker in live if walker.stands_at(layer)]
+            waiting = {walker: walker.met.layer for walker in live if not walker.stands_at(layer)}
+            elsewhere.update({(layer, call): waiting for stop in stops for call in stop.calls})
+            for walker in here:
+                _take(walker, own, later)
+            measured.pool(layer, merged(stop.moments for stop in stops))
+            release(layer, measured.moments[layer], samples)
+            fits = _advance(here, live, memory)
+            progress("recalibrating", _samples(walkers) * len(measured.moments) // len(order.layers))
+    later.read(own, pool=False)
     _count_calls(own, walkers)
     measured.include(own.on_all(group))
     return measured
@@ -208,14 +234,22 @@ def _stops(live: list[Walker], elsewhere: Elsewhere, group: Group) -> dict[str, 
     for layer in dict.fromkeys(walker.met.layer for walker in live):
         here = [walker for walker in live if walker.stands_at(layer)]
         moments = merged(walker.met.moments for walker in here)
-        _check_finite(here, layer, moments)
+        moments = moments if group.size == 1 else moments.numpy()
+        if moments.at_hand:
+            check_finite(layer, moments, [(walker.batch, walker.met) for walker in here])
         calls = {walker: walker.path.count(layer) for walker in here}
         late = {
             elsewhere[layer, call].get(walker, layer) for walker, call in calls.items() if (layer, call) in elsewhere
         }
-        moments = moments if group.size == 1 else moments.numpy()
         found[layer] = Stop(moments, frozenset(calls.values()), frozenset(late))
     return found
+
+
+def _take(walker: Walker, own: Measured, later: Later) -> None:
+    if isinstance(walker.met.moments, Moments):
+        own.follow(walker.met)
+    else:
+        later.add(walker.batch, walker.met)
 
 
 def _paths(live: list[Walker], places: set[str], group: Group) -> Iterable[tuple[str, ...]]:
@@ -241,22 +275,6 @@ def _advance(here: list[Walker], live: list[Walker], memory: float) -> int | Non
         if walker is here[0] and (fits := _fitting(walker, live, memory)) is not None:
             return fits
     return None
-
-
-def _check_finite(here: list[Walker], layer: str, moments: Moments) -> None:
-    """Refuse NaN and Inf, naming layer and batch; one look at the merged moments is enough if all is well."""
-    if _finite(moments):
-        return
-    bad = next((w for w in here if not _finite(w.met.moments)), here[0])
-    raise BntoolsError(
-        f"batch {bad.batch.index} brings NaN or Inf to the input of layer {layer!r}: look at that batch, or at the "
-        f"weights and the number range before the layer. Nothing was changed"
-    )
-
-
-def _finite(moments: Moments) -> bool:
-    moments = moments.numpy()
-    return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
 
 
 def _fitting(first: Walker, live: list[Walker], memory: float) -> int | None:

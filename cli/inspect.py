@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import advised, arguments, diagnosis, loading, output, progress, reporting
+from . import advised, arguments, diagnosis, loading, output, placing, progress, reporting
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -36,6 +36,7 @@ COMMON = ("kind", "eps", "momentum", "updates", "frozen")
     help="With DATA: the batch size of the training to come, for the advice.",
 )
 @reading_options
+@placing.options
 @arguments.arch
 @arguments.allow
 @arguments.layers
@@ -49,6 +50,8 @@ def command(
     histograms: tuple[str, ...],
     training_batch: int | None,
     reading: Reading,
+    device: str | None,
+    autocast: str | None,
     arch: str | None,
     allow: tuple[str, ...],
     layers: tuple[str, ...],
@@ -63,22 +66,25 @@ def command(
     The report of --html shows what arrives at the first and the last layer, or at those named by --histogram.
     """
     if data is None:
-        _refuse_without_data(histograms, training_batch, to_inference, html)
+        _refuse_without_data(histograms, training_batch, device, autocast, to_inference, html)
         _look(model, arch, allow, layers, as_json)
         return
     reporting.refuse(html, force)
+    placing.refuse(model, device, autocast)
     loaded = load(model, arch, allow)
     loading.to_inference(model, loaded, to_inference, quiet=as_json)
     batches = reading.open(data, loaded)
     histograms = histograms or (_ends(loaded, layers) if html else ())
     output.say(f"{data}: {batches.description}", quiet=as_json)
-    found = _diagnose(loaded, data, batches, reading, layers, histograms, training_batch, as_json)
+    with placing.placed(loaded, device, autocast) as there:
+        found = _diagnose(there.model, data, batches, reading, layers, histograms, training_batch, as_json)
     found = advised.typed(found, model, data)
     reporting.write(html, found, {"model": str(model), "data": f"{data}: {batches.description}"})
     if as_json:
         figures = diagnosis.figures(found)
         records = [{**_record(each.layer), **of} for each, of in zip(found, figures["layers"], strict=True)]
-        output.as_json({"model": str(model), "input": batches.spec, **figures, "layers": records})
+        about = {"model": str(model), **there.record, "input": batches.spec}
+        output.as_json({**about, **figures, "layers": records})
         return
     diagnosis.show(found)
     if any(layer.layer.problems for layer in found):  # "no problems" below an advice would contradict it
@@ -97,10 +103,16 @@ def _ends(model: Any, layers: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _refuse_without_data(
-    histograms: tuple[str, ...], training_batch: int | None, to_inference: bool, html: Path | None
+    histograms: tuple[str, ...],
+    training_batch: int | None,
+    device: str | None,
+    autocast: str | None,
+    to_inference: bool,
+    html: Path | None,
 ) -> None:
-    options = ("--histogram", "--training-batch", "--to-inference", "--html")
-    for name, value in zip(options, (histograms, training_batch, to_inference, html), strict=True):
+    options = ("--histogram", "--training-batch", "--device", "--autocast", "--to-inference", "--html")
+    values = (histograms, training_batch, device, autocast, to_inference, html)
+    for name, value in zip(options, values, strict=True):
         if value:
             raise click.UsageError(f"{name} is for a diagnosis: give DATA")
 

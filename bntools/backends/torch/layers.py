@@ -92,7 +92,9 @@ def stored(model: nn.Module, names: Iterable[str]) -> dict[str, Moments]:
     """The statistics of layers as moments of one value, on the device if moments stay there; of no others."""
     found = {name: _named(model, name) for name in names}
     return {
-        name: Moments(1, *(values.detach().to(torch.float64, copy=True) for values in (of.running_mean, of.running_var)))
+        name: Moments(
+            1, *(values.detach().to(torch.float64, copy=True) for values in (of.running_mean, of.running_var))
+        )
         for name, of in found.items()
         if stays(of.running_mean.device)
     }
