@@ -8,11 +8,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, version_converter
-from onnx.backend.test.case.node import _NodeTestCases, batch_normalization
+from onnx.backend.test.case.node import _NodeTestCases
 from onnx.backend.test.loader import load_model_tests
 
 import bntools
 from bntools import BntoolsError
+
+try:
+    from onnx.backend.test.case.node import batch_normalization
+except ImportError:  # as older versions call it
+    from onnx.backend.test.case.node import batchnorm as batch_normalization
 
 assert batch_normalization.BatchNormalization  # defining it has added its cases to the list
 NODES = {case.name: case for case in _NodeTestCases if case.name.startswith("test_batchnorm")}
