@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from bntools.errors import BntoolsError
 
 from . import output, progress, records
 from .reading import Reading, said_when_skipped
+
+if TYPE_CHECKING:
+    from bntools.placing import Placed
 
 WORD = "sites"
 RECORD = "record.json"
@@ -53,7 +56,7 @@ def _check_own(folder: Path) -> None:
 
 def write(
     model: Path,
-    loaded: Any,
+    placed: Placed,
     data: str,
     folder: Path,
     force: bool,
@@ -64,14 +67,14 @@ def write(
     """Measure each domain, ``options`` being arguments of ``bntools.bank``, and write all files or none."""
     import bntools
 
-    batches = {name: reading.open(str(source), loaded) for name, source in domains(data).items()}
+    batches = {name: reading.open(str(source), placed.model) for name, source in domains(data).items()}
     for name, one in batches.items():
         output.say(f"{name}: {one.description}", quiet=as_json)
     with ExitStack() as stack:
         for name, one in batches.items():
             stack.enter_context(said_when_skipped(name, one, quiet=as_json))
-        bank = bntools.bank(loaded, batches, progress=stack.enter_context(progress.samples()), **options)
-    record = _record(model, folder, batches, bank)
+        bank = bntools.bank(placed.model, batches, progress=stack.enter_context(progress.samples()), **options)
+    record = {**_record(model, folder, batches, bank), **placed.record}
     _save(bank, folder, record, force)
     if as_json:
         output.as_json(record)
