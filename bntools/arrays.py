@@ -34,9 +34,12 @@ class Arrays:
         """How many samples there are."""
         return len(self.order)
 
-    def batches(self, most: int | None = None) -> Iterator[Any]:
-        """Batches of all samples, or of the first ``most``: arrays, or dicts of arrays."""
-        order = self.order[:most] if most else self.reading.dealt(self.order)
+    def batches(self, most: int | None = None, skip: int = 0) -> Iterator[Any]:
+        """Batches of the samples to read here but the first ``skip``, or of the first ``most`` of all.
+
+        They are arrays, or dicts of arrays.
+        """
+        order = (self.order[:most] if most else self.reading.dealt(self.order))[skip:]
         for start in range(0, len(order), self.reading.batch_size):
             chosen = np.sort(order[start : start + self.reading.batch_size])  # in file order: it may be on a disk
             if isinstance(self.content, dict):
@@ -52,12 +55,15 @@ class Arrays:
     def description(self) -> str:
         """What was read and how, in a line."""
         drawn = f" drawn from {self.total:,}" if self.samples < self.total else ""
-        what = ", ".join(
+        return f"{self.samples:,} sample{'s' * (self.samples != 1)}{drawn}: {self.words()}"
+
+    def words(self) -> str:
+        """What a sample is, in words."""
+        return ", ".join(
             f"{name} {array.dtype} {'x'.join(map(str, array.shape[1:])) or 'numbers'}".strip()
             + (f" {self.reading.scaled}" if self._scaled(name) else "")
             for name, array in self._named.items()
         )
-        return f"{self.samples:,} sample{'s' * (self.samples != 1)}{drawn}: {what}"
 
     def _scaled(self, name: str) -> bool:
         return holds_images(self._named[name]) and self.reading.scales(name)
@@ -94,13 +100,14 @@ def read(path: Path, reading: Reading) -> Arrays:
     if len(set(lengths.values())) != 1:
         listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
         raise BntoolsError(f"{path}: arrays of unequal length ({listed}); expected one row a sample in each")
-    _check_options(path, content, reading)
+    check_options(path, content, reading)
     total = next(iter(lengths.values()))
     order = np.random.default_rng(reading.seed).permutation(total)
     return Arrays(content, reading, order[: reading.max_samples], total)
 
 
-def _check_options(path: Path, content: Any, reading: Reading) -> None:
+def check_options(path: Path | str, content: Any, reading: Reading) -> None:
+    """Refuse options that do not fit arrays, ``path`` being where those come from."""
     if isinstance(content, dict):
         if reading.mean or reading.size or reading.preprocess:
             raise BntoolsError(

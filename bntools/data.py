@@ -1,4 +1,4 @@
-"""Data for a model: a folder of images, a file of arrays or a factory of batches, opened as batches.
+"""Data for a model: images in folders, tars or tables, arrays, or a factory of batches, opened as batches.
 
 What was done to the data on the way (sizes, scaling, normalization, what was skipped) is in the
 description, which the commands print, and in ``spec``, which they record.
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bntools import arrays, factories, preprocessing
+from bntools import preprocessing, sources
 from bntools.errors import BntoolsError
+from bntools.factories import Factory
 from bntools.reading import Reading
+from bntools.sources import opening
 
 if TYPE_CHECKING:
-    from bntools.folders import Folder
+    from bntools.sources.opening import Source
 
 MEASURED = 64  # samples from which the spec's mean and std come
 MANY = 4096  # from so many channels on, one mean and std for all
@@ -26,10 +28,10 @@ MANY = 4096  # from so many channels on, one mean and std for all
 class Data:
     """Batches that can be read again and again, always the same ones in the same order.
 
-    ``len(data)`` counts samples; it is a TypeError for a factory, which only reading could count.
+    ``len(data)`` counts samples; it is a TypeError for a factory or stream, which only reading could count.
     """
 
-    def __init__(self, kind: str, source: Folder | arrays.Arrays | factories.Factory, name: str):
+    def __init__(self, kind: str, source: Source, name: str):
         self._source = source
         self.note = ""  # what else is worth saying about how it is read
         first = next(source.batches(MEASURED), None)
@@ -45,14 +47,24 @@ class Data:
     def __iter__(self) -> Iterator[Any]:
         return self._source.batches()
 
+    def batches_after(self, samples: int) -> tuple[Iterator[Any], int] | None:
+        """The batches behind the first ``samples`` samples, and how many come before; None where that needs reading.
+
+        What comes before is not decoded, so that damage in it is not known, as it would be by reading.
+        """
+        size = self._source.reading.batch_size
+        if samples % size or isinstance(self._source, Factory):
+            return None
+        return self._source.batches(skip=samples), samples // size
+
     @property
     def samples(self) -> int | None:
-        """How many samples there are; None for a factory, which only reading could count."""
+        """How many samples there are; None for a factory or a stream, which only reading could count."""
         return self._source.samples
 
     def __len__(self) -> int:
         if self.samples is None:
-            raise TypeError("a factory of batches has no length")
+            raise TypeError("data that only comes as it comes has no length")
         return self.samples
 
     def __bool__(self) -> bool:
@@ -86,7 +98,7 @@ class Data:
 
 
 def open(
-    source: str | Path,
+    source: Any,
     *,
     channels: int | None = None,
     size: tuple[int, int] | None = None,
@@ -98,9 +110,15 @@ def open(
     layout: str = "NCHW",
     raw: Sequence[str] = (),
     preprocess: str | None = None,
+    column: str | None = None,
     shard: tuple[int, int, int] | None = None,
 ) -> Data:
-    """Open a folder of images, a file of arrays, or a factory ``package.module:function`` as batches.
+    """Open images, arrays, or a factory ``package.module:function`` as batches.
+
+    ``source`` is a folder of images; tar shards as WebDataset writes them, Parquet files, or a folder that holds
+    nothing else; a pattern of such files (``train-{000..011}.tar``, ``data/*.parquet``); a dataset of Hugging Face,
+    as an object or a folder from ``save_to_disk``; a file of arrays; or a factory, which may return such a dataset.
+    Of a table the column of images is read, or ``column``, or where there are no images those of numbers as arrays.
 
     Images become float32 in 0..1 of shape (batch, channels, height, width), or with the channels last
     for ``layout="NHWC"``. Where they share one size they are taken as they are; else, or with
@@ -137,33 +155,27 @@ def open(
         tuple(raw),
         preprocess,
         _tuple(shard),
+        column,
     )
     if preprocess is not None:
         preprocessing.find(preprocess)
-    path = Path(source)
-    try:
-        if holds_images(path):
-            return Data("images", _folder(path, reading), str(source))
-        if path.is_file():
-            return Data("arrays", arrays.read(path, reading), str(source))
-    except OSError as error:
-        raise BntoolsError(f"{source}: cannot be read: {error.strerror or error}") from error
-    if ":" in str(source):
-        return Data("factory", factories.find(str(source), reading), str(source))
-    raise BntoolsError(
-        f"{source}: no such file or folder; expected a folder of images, a file of arrays "
-        f"({', '.join(arrays.SUFFIXES)}) or a factory package.module:function"
-    )
+    kind, name, found = opening.opened(source, reading)
+    return Data(kind, found, name)
 
 
 def holds_images(source: str | Path) -> bool:
-    """Whether a source is read as images: a folder, or a file that is none of arrays."""
-    path = Path(source)
-    return path.is_dir() or (path.is_file() and path.suffix.lower() not in arrays.SUFFIXES)
+    """Whether a source is certain to be read as images: a folder, a tar, or a file that is none of arrays."""
+    found = sources.find(source)
+    return found is not None and found.kind in ("folder", "image", "tar")
 
 
 def reopen(spec: dict[str, Any]) -> Data:
-    """The data that a spec describes, read in the same way, from where it was."""
+    """The data that a spec describes, read in the same way, from where it was.
+
+    Raises BntoolsError where it cannot be: it is gone, or came as an object in memory.
+    """
+    if spec["source"].startswith(opening.UNNAMED) and ":" not in spec["source"]:
+        raise BntoolsError(f"{spec['source']}: came as an object, which only its maker can open again")
     return open(spec["source"], **spec["options"])
 
 
@@ -184,16 +196,6 @@ def example(spec: dict[str, Any], n: int = 2, seed: int = 0) -> Any:
     if "shape" in measured:
         return _random(measured, spec.get("channel_axis", 1), n, generator)
     return {name: _random(each, 1, n, generator) for name, each in measured.items()}
-
-
-def _folder(path: Path, reading: Reading) -> Folder:
-    try:
-        from bntools import folders, images
-    except ModuleNotFoundError as error:
-        raise BntoolsError(f"reading images needs the package {error.name!r}: pip install pillow") from error
-    if path.is_file() and path.suffix.lower() not in images.SUFFIXES:
-        raise BntoolsError(f"{path}: unknown kind of data file; expected images or {', '.join(arrays.SUFFIXES)}")
-    return folders.survey(path, reading)
 
 
 def _tuple(values: Any) -> tuple[Any, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,13 +20,14 @@ class Factory:
     source: str
     reading: Reading
     factory: Any
+    begun: list[Any] = field(default_factory=list)  # what was made to look at, for the first reading
 
     samples = None  # only reading it all could tell
 
     def batches(self, most: int | None = None) -> Iterator[Any]:
         """The batches as they come, cut to the samples that are wanted: nobody can draw from a function."""
+        made = self.begun.pop() if self.begun else self._made()
         try:
-            made = self.factory() if callable(self.factory) else self.factory
             again = iter(made)
         except Exception as error:
             raise BntoolsError(f"data {self.source!r}: calling it failed: {said(error)}") from error
@@ -37,6 +38,26 @@ class Factory:
         batches = (batch.content for batch in Source(given, min(limits, default=None)))
         rank, count, _ = self.reading.shard or (0, 1, 1)
         return batches if most else islice(batches, rank, None, count)
+
+    def begin(self) -> Any:
+        """What the function returns, kept for the first reading."""
+        self.begun.append(self._made())
+        return self.begun[0]
+
+    def check(self) -> None:
+        """Refuse options that nobody but the function itself could obey. Raises BntoolsError."""
+        reading = self.reading
+        if reading.size or reading.mean or reading.preprocess or reading.column is not None:
+            raise BntoolsError(
+                f"data {self.source!r}: size, mean, std, preprocess and column are for images and arrays; a factory "
+                f"does its own"
+            )
+
+    def _made(self) -> Any:
+        try:
+            return self.factory() if callable(self.factory) else self.factory
+        except Exception as error:
+            raise BntoolsError(f"data {self.source!r}: calling it failed: {said(error)}") from error
 
     def _to_the_end(self, batches: Iterator[Any], announced: int | None) -> Iterator[Any]:
         read = 0
@@ -67,9 +88,5 @@ def _length(made: Any) -> int | None:
 
 
 def find(source: str, reading: Reading) -> Factory:
-    """Import the factory. Raises BntoolsError where there is none, or for options that it cannot obey."""
-    if reading.size or reading.mean or reading.preprocess:
-        raise BntoolsError(
-            f"data {source!r}: size, mean, std and preprocess are for images and arrays; a factory does its own"
-        )
+    """Import the factory. Raises BntoolsError where there is none."""
     return Factory(source, reading, imports.named(source, "data"))

@@ -10,18 +10,21 @@ from 1600x1200 to 224, it changed the standard deviation of the pixels by 2.5 %.
 from __future__ import annotations
 
 import os
-import warnings
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from bntools import sniff
+from bntools.errors import BntoolsError
+from bntools.sources.parts import Part
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
-)
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 RGB = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA")
@@ -53,55 +56,105 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A file that gives no pixels, and why."""
+class Entry:
+    """One image of a source: its number there, what it is called, and where its bytes are.
 
-    path: Path
+    ``place`` is the folder of ``name``, with its slash. Without ``content`` the image is the file of that name.
+    """
+
+    number: int
+    place: str
+    name: str
+    content: bytes | Part | Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An entry that gives no pixels, and why."""
+
+    number: int
+    place: str
+    name: str
     reason: str
 
 
-def header(path: Path) -> Header | Unreadable:
-    """Look at a file without decoding it, except where its end is missing."""
+def header(entry: Entry) -> Header | Unreadable:
+    """Look at an image without decoding it, except where its end is missing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                complete = _ends_as_it_should(path, image.format)
-                width, height = image.size
-                # Asking a PNG without the tag for it would decode the whole image.
-                tagged = image.format != "PNG" or "exif" in image.info
-                turned = tagged and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-                found = Header(
-                    (width, height) if turned else (height, width),
-                    image.mode,
-                    animated=bool(getattr(image, "is_animated", 0)),
-                    alpha=image.mode in WITH_ALPHA or "transparency" in image.info,
-                )
-                if reason := _unreadable_mode(image):
-                    return Unreadable(path, reason)
-                if not complete:
-                    image.load()
-                return found
+        with _opened(entry) as image:
+            found = _header(image)
+            if reason := _refused(image):
+                return _unreadable(entry, reason)
+            if not _ends_as_it_should(entry, image.format):
+                image.load()
+            return found
+    except BntoolsError:
+        raise
     except Exception as error:
         # Pillow's decoders raise nearly anything for a crafted or damaged file; the reason is kept and reported.
-        return Unreadable(path, _reason(path, error))
+        return _unreadable(entry, _reason(entry, error))
 
 
-def decode(path: Path, channels: int, size: tuple[int, int]) -> np.ndarray | Unreadable:
+def decode(entry: Entry, channels: int, size: tuple[int, int]) -> tuple[np.ndarray, Header] | Unreadable:
     """The pixels of an image, float32 in 0..1, shape (channels, height, width); the first frame if it moves.
 
     The image is scaled to cover ``size`` (height, width) and the middle is cut out; an image of that
-    size is taken as it is.
+    size is taken as it is. Beside the pixels comes what the head said.
     """
     try:
-        with Image.open(path) as image:
-            if reason := _unreadable_mode(image):
-                return Unreadable(path, reason)
+        with _opened(entry) as image:
+            found = _header(image)
+            if reason := _refused(image):
+                return _unreadable(entry, reason)
             ImageOps.exif_transpose(image, in_place=True)
-            return _pixels(_fitted(_converted(image, channels), size), channels)
+            return _pixels(_fitted(_converted(image, channels), size), channels), found
+    except BntoolsError:
+        raise
     except Exception as error:
         # As above: one bad file does not end the run, it is skipped by name.
-        return Unreadable(path, _reason(path, error))
+        return _unreadable(entry, _reason(entry, error))
+
+
+@contextmanager
+def _opened(entry: Entry) -> Iterator[Image.Image]:
+    if isinstance(entry.content, Image.Image):
+        yield entry.content.copy()  # the user's own, which must not be turned or closed
+    elif entry.content is None:
+        path = Path(entry.place + entry.name)
+        _check_regular(path)
+        with Image.open(path) as image:
+            yield image
+    else:
+        with bytes_of(entry) as file, Image.open(file) as image:
+            yield image
+
+
+def bytes_of(entry: Entry) -> BinaryIO:
+    """The bytes of an entry, as an open file."""
+    if isinstance(entry.content, Part):
+        return entry.content.open()
+    if isinstance(entry.content, bytes):
+        return BytesIO(entry.content)
+    return open(entry.place + entry.name, "rb")
+
+
+def _check_regular(path: Path) -> None:
+    """Raise OSError for a pipe or a device, reading which might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("no regular file")
+
+
+def _header(image: Image.Image) -> Header:
+    width, height = image.size
+    # Asking a PNG without the tag for it would decode the whole image.
+    tagged = image.format != "PNG" or "exif" in image.info
+    turned = tagged and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return Header(
+        (width, height) if turned else (height, width),
+        image.mode,
+        animated=bool(getattr(image, "is_animated", 0)),
+        alpha=image.mode in WITH_ALPHA or "transparency" in image.info,
+    )
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
@@ -136,27 +189,36 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _unreadable_mode(image: Image.Image) -> str | None:
+def _refused(image: Image.Image) -> str | None:
+    """Why an image that could be opened is not decoded."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         return f"its pixels ({image.mode}, 32-bit) have no known range; save it with 8 or 16 bits, or as .npy"
     if not image.width or not image.height:
         return "it has no pixels"
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        return f"more pixels than an image should have ({image.width * image.height:,}, and Pillow's limit is {most:,})"
     return None
 
 
-def _ends_as_it_should(path: Path, kind: str | None) -> bool:
-    """A cheap look for truncation. A file that does not end as usual is decoded to be sure."""
+def _ends_as_it_should(entry: Entry, kind: str | None) -> bool:
+    """A cheap look for truncation. An image that does not end as usual is decoded to be sure."""
     tail = TAILS.get(kind or "")
-    if tail is None:
+    if tail is None or isinstance(entry.content, Image.Image):
         return True
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 16))
+    with bytes_of(entry) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
         return tail in file.read()
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _unreadable(entry: Entry, reason: str) -> Unreadable:
+    return Unreadable(entry.number, entry.place, entry.name, reason)
+
+
+def _reason(entry: Entry, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"no image, but {sniff.describe(path)}"
+        with bytes_of(entry) as file:
+            return f"no image, but {sniff.described(file.read(sniff.LOOKED_AT))}"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"more pixels than an image should have ({error})"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import isfinite, prod
 from typing import Any
 
@@ -33,6 +35,7 @@ class Reading:
     raw: tuple[str, ...] = ()
     preprocess: str | None = None
     shard: tuple[int, int, int] | None = None
+    column: str | None = None
 
     def __post_init__(self) -> None:
         problems = {
@@ -93,6 +96,15 @@ class Reading:
             return order
         rank, count, together = self.shard
         return order[np.arange(len(order)) // together % count == rank]
+
+    def share(self, stream: Iterable[Any], most: int | None = None) -> Iterator[Any]:
+        """The same of samples that come as they come: of the first ``max_samples``; with ``most`` so many of all."""
+        limits = [limit for limit in (self.max_samples, most) if limit is not None]
+        limited = islice(stream, min(limits, default=None))
+        if self.shard is None or most is not None:
+            return limited
+        rank, count, together = self.shard
+        return (sample for place, sample in enumerate(limited) if place // together % count == rank)
 
     def check_channels(self, source: str, channels: int) -> None:
         """Refuse a mean that does not have one number (or one for all) for each channel of the data, or grey images

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from typing import IO
 
 MAGIC = (
     (b"\x89PNG\r\n", "a PNG image"),
@@ -23,7 +25,11 @@ LOOKED_AT = 512  # bytes; a tar archive says what it is at 257
 def describe(path: str | os.PathLike[str]) -> str:
     """A few words on what the file seems to be, with an article: ``a PNG image``, ``text``."""
     with open(path, "rb") as file:
-        start = file.read(LOOKED_AT)
+        return described(file.read(LOOKED_AT))
+
+
+def described(start: bytes) -> str:
+    """The same of the first LOOKED_AT bytes of a file."""
     if not start:
         return "an empty file"
     for magic, name in MAGIC:
@@ -34,6 +40,14 @@ def describe(path: str | os.PathLike[str]) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: run git lfs pull"
     return "text" if _is_text(start) else "bytes of no known kind"
+
+
+def is_zip(file: str | IO[bytes]) -> bool:
+    """Whether a file is a zip archive that could be read. zipfile's own test raises for some that are damaged."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _is_text(start: bytes) -> bool:

@@ -72,10 +72,10 @@ def of_folder(path: str | Path, opened: Callable[[str, int], Data]) -> dict[str,
     folder = Path(path)
     if not folder.is_dir():
         return None
-    from bntools import folders
+    from bntools.sources import folders
 
     parts = sorted(part for part in folder.iterdir() if part.is_dir() and not part.name.startswith((".", "__MACOSX")))
-    holding = [part for part in parts if folders.find(part)[0]] if len(parts) <= MANY else []
+    holding = [part for part in parts if folders.find(part).total] if len(parts) <= MANY else []
     return {part.name: opened(str(part), MOST) for part in holding} if len(holding) > 1 else None
 
 
