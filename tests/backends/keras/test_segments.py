@@ -9,6 +9,7 @@ import keras
 import keras_nets as nets
 import numpy as np
 import pytest
+from keras import layers as L
 
 import bntools
 from bntools.backends.keras import feeding, segments
@@ -100,3 +101,18 @@ def test_a_model_that_is_gone_takes_its_segments_along():
     gc.collect()
     assert gone() is None
     assert len(segments._traced) < number
+
+
+@COMPILED
+@pytest.mark.parametrize("slope", [0.0, 0.2, 0.3])
+def test_a_slope_that_a_compiled_sum_would_lose_is_kept(slope):
+    """TensorFlow's oneDNN fusion of convolution, sum and LeakyReLU takes a slope of 0.2; Keras run eagerly does not."""
+    keras.utils.set_random_seed(0)
+    inputs = L.Input((6, 6, 4))
+    y = L.BatchNormalization()(inputs)
+    y = L.LeakyReLU(slope)(L.Add()([L.Conv2D(4, 1)(y), y]))
+    model = keras.Model(inputs, L.BatchNormalization(name="last")(y))
+    images = nets.images(8, 6, 4)
+    bntools.recalibrate(model, nets.cut(images, 4))
+    seen = keras.ops.convert_to_numpy(keras.Model(inputs, y)(images, training=False))
+    np.testing.assert_allclose(bntools.inspect(model)[1].mean, seen.mean((0, 1, 2)), atol=1e-5)
