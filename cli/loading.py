@@ -9,7 +9,7 @@ from typing import Any
 from bntools.errors import BntoolsError
 
 from . import output, paths, progress, records, stderr
-from .reading import Reading, inputs_of
+from .reading import Reading
 
 
 def load(model: Path, arch: str | None, allow: tuple[str, ...], peek: bool = False) -> Any:
@@ -40,6 +40,7 @@ def inputs(path: Path, model: Any, data: str | None, shape: tuple[int, ...] | No
     the record beside the model describes, or as an ONNX file says. Raises BntoolsError where there is none of these.
     """
     from bntools import data as sources
+    from bntools.feeding import inputs_of
 
     if data is not None:
         batches = reading.open(data, model)

@@ -11,8 +11,6 @@ from typing import Any
 
 import click
 
-from bntools.errors import BntoolsError
-
 from . import output, stderr
 from .arguments import Sizes
 
@@ -27,7 +25,8 @@ class Reading:
     """What the options say about DATA; None where the data or the model decide.
 
     ``size`` is (height, width) in pixels; ``mean`` and ``std`` have one number a channel and refer to
-    images scaled to 0..1. ``preprocess`` is the name of a module of keras.applications.
+    images scaled to 0..1. ``preprocess`` is the name of a module of keras.applications, ``column`` that of a column of
+    a table.
     """
 
     batch_size: int
@@ -38,65 +37,30 @@ class Reading:
     max_samples: int | None
     seed: int
     preprocess: str | None = None
+    column: str | None = None
 
     def open(self, source: str, model: Any = None, shard: tuple[int, int] | None = None) -> Any:
         """The data behind a folder, a file or a factory, as the model takes it.
 
-        That is with as many channels, and for a model file that says more (ONNX) in its layout, size, dtype and
-        batch size. Samples that fill no batch of a fixed size are left out, which the data's description says. With
-        ``shard``, a rank and a number of processes, the batches are the share of one of them.
+        With ``shard``, a rank and a number of processes, the batches are the share of one of them.
         """
-        from bntools import data
+        from bntools import feeding
 
-        takes = inputs_of(model)
-        bound = next((one for one in takes if one.batch), None)
-        options = {**self._options(source, model, takes), "batch_size": bound.batch if bound else self.batch_size}
-        options["shard"] = shard and (*shard, bound.batch if bound else 1)
         with stderr.without_logs() if self.preprocess else nullcontext():
-            opened = data.open(source, **options, max_samples=self.max_samples)
-        if bound is None or opened.samples is None:
-            return opened
-        if opened.samples < bound.batch:
-            raise BntoolsError(
-                f"{source}: {output.counted(opened.samples, 'sample')}, and the model takes batches of {bound.batch} "
-                f"only, at its input {bound}: give more"
+            return feeding.opened(
+                model,
+                source,
+                batch_size=self.batch_size,
+                size=self.size,
+                channels=self.channels,
+                mean=self.mean,
+                std=self.std,
+                max_samples=self.max_samples,
+                seed=self.seed,
+                preprocess=self.preprocess,
+                column=self.column,
+                processes=shard,
             )
-        left = opened.samples % bound.batch
-        if left:
-            opened = data.open(source, **options, max_samples=opened.samples - left)
-        opened.note = f"in batches of {bound.batch}, the size that the model's input is bound to"
-        opened.note += f"; {left} left out" if left else ""
-        return opened
-
-    def _options(self, source: str, model: Any, takes: list[Any]) -> dict[str, Any]:
-        """What ``data.open`` is asked for besides the batches."""
-        from bntools import backends, data
-
-        alone = takes[0] if len(takes) == 1 else None
-        wanted = None if model is None else backends.of(model).input_channels(model)
-        size = self.size or (alone.size if alone and data.holds_images(source) else None)
-        scaled = self.mean is not None or self.preprocess is not None
-        whole = [one for one in takes if one.integer or (one.pixels and not scaled)]
-        raw = tuple(one.name for one in whole) + (("",) if alone in whole else ())
-        return {
-            "channels": self.channels or wanted,
-            "size": size,
-            "mean": self.mean,
-            "std": self.std,
-            "seed": self.seed,
-            "layout": "NHWC" if alone and alone.channel_axis == 3 else "NCHW",
-            "raw": raw,
-            "preprocess": self.preprocess,
-        }
-
-
-def inputs_of(model: Any) -> list[Any]:
-    """What the model says about its inputs; an empty list for models that say nothing."""
-    from bntools import backends
-
-    if model is None or not hasattr(backend := backends.of(model), "takes"):
-        return []
-    return list(backend.takes(model))
 
 
 class PerChannel(click.ParamType):
@@ -137,6 +101,7 @@ OPTIONS = (
         metavar="NAME",
         help="Or do to images what keras.applications.NAME does: mobilenet_v2, resnet50, efficientnet, ...",
     ),
+    click.option("--column", metavar="NAME", help="Of Parquet files and datasets; by default that of images."),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
     click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="N samples, drawn from all of DATA."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that draw."),
@@ -165,13 +130,14 @@ def reading_options(command: Callable[..., None]) -> Callable[..., None]:
         max_samples: int | None,
         seed: int,
         preprocess: str | None,
+        column: str | None,
         **arguments: Any,
     ) -> None:
         square = None if size is None else (size[0], size[-1])
         mean, std = _both(mean, std)
         if preprocess is not None and mean is not None:
             raise click.UsageError("--preprocess does its own scaling: leave --mean and --std out")
-        reading = Reading(batch_size, square, channels, mean, std, max_samples, seed, preprocess)
+        reading = Reading(batch_size, square, channels, mean, std, max_samples, seed, preprocess, column)
         command(reading=reading, **arguments)
 
     for option in reversed(OPTIONS):
