@@ -71,13 +71,13 @@ class Source:
             self.give_back([batch])
         return batch is not None
 
-    def skip(self, samples: int, last: int) -> Batch | None:
+    def skip(self, samples: int, last: int, *, read: bool) -> Batch | None:
         """Pass over the first ``samples`` samples, the last ``last`` of which are a batch: that batch.
 
-        What can begin in the middle (``batches_after``) does; of all else the batches are read. None where no batch
-        ends there.
+        With ``read`` all batches are read; else data that can begin in the middle (``batches_after``) does. None where
+        no batch ends there.
         """
-        after = getattr(self._batches, "batches_after", None)
+        after = None if read else getattr(self._batches, "batches_after", None)
         found = after(samples - last) if after and samples > last else None
         passed = 0
         if found is not None:

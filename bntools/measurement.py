@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from bntools.measured import Measured
 from bntools.moments import Moments
 from bntools.processes import Group
 from bntools.replicas import virtual_batch
+from bntools.resuming import Checkpoint, Standing
 from bntools.walkers import Order
 
 PILOT = 64  # samples from which a first standard error is taken
@@ -32,7 +34,8 @@ class Job:
     """The model, the layers to measure as they were, and how to write and undo.
 
     ``counters`` puts back, after the statistics, counts of updates that the model itself does not hold. ``group`` are
-    the processes that measure together; progress and the number of ``samples`` are those of this one.
+    the processes that measure together; progress and the number of ``samples`` are those of this one. ``checkpoint``
+    holds how far an earlier run came, from where this one goes on, and keeps how far this one comes.
     """
 
     backend: ModuleType
@@ -45,6 +48,7 @@ class Job:
     samples: int | None
     counters: Callable[[], None] = lambda: None
     group: Group = field(default_factory=Group)
+    checkpoint: Checkpoint | None = None
 
     def report(self, what: str, samples: int) -> None:
         """Tell how far it is."""
@@ -55,18 +59,30 @@ class Job:
         return self.backend.measuring(self.model, list(names), forward=self.forward, **options)
 
     def store(self, measured: Mapping[str, Moments], samples: int, updates: Mapping[str, int] | None = None) -> None:
-        """Store what was measured of layers, blended with the prior; ``updates`` to store as well, or None."""
+        """Store what was measured of layers, blended with the prior; ``updates`` to store as well, or None.
+
+        Without updates, on the way from layer to layer, what lies on a device goes into the model as it is, unread.
+        """
         new = {}
         for name, moments in measured.items():
-            stored = Moments.from_variance(1, *self.before[name].stats)
-            blend = moments.numpy().blend(stored, samples, self.prior)
-            if not (np.isfinite(blend.mean).all() and np.isfinite(blend.var).all()):
+            moments = moments if updates is None else moments.numpy()
+            blend = moments.blend(self._stored(name, moments.at_hand), samples, self.prior) if self.prior else moments
+            if blend.at_hand and not (np.isfinite(blend.mean).all() and np.isfinite(blend.var).all()):
                 raise BntoolsError(
                     f"layer {name!r}: weighing {samples} measured samples against prior={self.prior:g} gives numbers "
                     f"that are not finite: choose a smaller prior"
                 )
             new[name] = (blend.mean, blend.var, None if updates is None else updates[name])
         self.backend.write(self.model, new)
+
+    def _stored(self, name: str, at_hand: bool) -> Moments:
+        return Moments.from_variance(1, *self.before[name].stats) if at_hand else self._on_device[name]
+
+    @cached_property
+    def _on_device(self) -> Mapping[str, Moments]:
+        """The statistics as they are before the first of them is written."""
+        found: Mapping[str, Moments] = self.backend.stored(self.model, self.before)
+        return found
 
     def stds(self, measured: Measured) -> dict[str, np.ndarray]:
         """The standard deviations that were measured of each layer's channels, eps included."""
@@ -97,39 +113,44 @@ def exact(
     a first virtual batch tells how many samples are needed; while memory allows, they run together with the
     first ones as one larger virtual batch. With ``per_sample`` the courses over the samples are measured anyway.
     """
-    order, total, passes, error = Order(list(job.before)), Measured(), 0, None
-    done = 0  # samples of this process
-    wanted: float = math.inf if tolerance is None else PILOT
+    kept = job.checkpoint
+    at = (kept and kept.standing) or Standing(wanted=math.inf if tolerance is None else PILOT, memory=job.memory)
+    order, error = Order(list(job.before), at.order), None
+    done = at.measured.samples  # of this process
+    if tolerance is not None and at.passes:
+        error = _standard_error(at.measured, job.stds(at.measured))
 
     def report(what: str, samples: int) -> None:
         job.report(what, done + samples)
 
     def release(name: str, moments: Moments, samples: int) -> None:
         # What earlier virtual batches have measured counts as well: it is nearer to what eval mode will use.
-        moments = moments.merge(total.moments[name]) if name in total.moments else moments
+        moments = moments.merge(at.measured.moments[name]) if name in at.measured.moments else moments
         if moments.count > 1:
-            job.store({name: moments}, total.samples + samples)
+            job.store({name: moments}, at.measured.samples + samples)
 
     per_sample = per_sample or tolerance is not None
     with job.measuring(job.before, per_sample=per_sample, memory=job.memory, waiting=True) as start:
         memory = (job.memory - start.held) * SPARE
         while True:
             part = virtual_batch(
-                start, source, order, release, job.group, memory=memory, wanted=wanted, progress=report
+                start, source, order, release, job.group, memory=memory, wanted=at.wanted, progress=report
             )
             if part is None:
-                return total, passes, error
-            both = _pooled(total, part)
+                return at.measured, at.passes, error
+            both = _pooled(at.measured, part)
             if tolerance is not None:
                 error = _standard_error(both, job.stds(both))
-                if error > tolerance and part.samples >= wanted:
+                if error > tolerance and part.samples >= at.wanted:
                     source.give_back(part.batches)
-                    wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
+                    at.wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
                     continue
-            total, passes = both, passes + 1
+            at.measured, at.passes = both, at.passes + 1
             done += sum(batch.samples for batch in part.batches)
             if tolerance is not None and error is not None and error <= tolerance:
-                return total, passes, error
+                return at.measured, at.passes, error
+            if kept is not None and kept.due() and (at.passes > 1 or source.more()):  # not where one batch is all
+                kept.save(at, part.batches[-1])
 
 
 def _pooled(total: Measured, part: Measured) -> Measured:

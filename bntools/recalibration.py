@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from bntools import agreement, backends
+from bntools import agreement, backends, resuming
 from bntools.batches import Batch, Source, is_repeatable
 from bntools.course import convergence
 from bntools.errors import BntoolsError
@@ -22,6 +24,7 @@ from bntools.moments import Moments
 from bntools.processes import Group
 from bntools.recalibrated import SUSPECT, LayerChange, Recalibration, remarks
 from bntools.replicas import one_by_one
+from bntools.resuming import Standing
 
 METHODS = ("exact", "precise", "ema")
 FEW = 4  # samples on which two memory layouts are compared
@@ -42,6 +45,7 @@ def recalibrate(
     check: bool = True,
     progress: Progress | None = None,
     group: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Recalibration:
     """Measure the statistics of a model's BN layers on ``batches`` and store them, in place.
 
@@ -67,9 +71,14 @@ def recalibrate(
     is that of each process, and ``progress`` tells of its own data; ``max_samples`` is for all together. Where
     the statistics differed before, as they do in training, those of rank 0 count.
 
+    ``checkpoint`` names a file that is written as it goes, every few seconds, between virtual batches or batches of
+    ``"precise"``. If it is there, left by a run that was stopped, this one goes on from it, with its ``memory`` if none
+    is given, to the same result; the data is read forward to that place. It is removed when all is done.
+
     Layers that are frozen are left alone unless ``layers`` names them. Variances are divided by the count.
     Raises BntoolsError, leaving the model as it was, for data that is empty, raises or is not finite, a
-    model that raises, and a layer that saw a single value per channel.
+    model that raises, a layer that saw a single value per channel, and a checkpoint of another run: of other weights,
+    statistics, data or arguments.
 
         result = bntools.recalibrate(model, loader)
         print(result.samples, result.residual)
@@ -81,13 +90,18 @@ def recalibrate(
         model = backend.edit(model)
         own, most = forward is not None, agreement.own_share(processes, max_samples)
         notes = agreement.padded(processes, batches)
-        batches = backends.fed(model, batches, most, whole=own, joined=method == "exact" and not own)
+        given, batches = batches, backends.fed(model, batches, most, whole=own, joined=method == "exact" and not own)
         chosen, untouched = targets(backend.layers(model), layers, backends.absence(model))
         options = {"method": method, "prior": prior, "layers": chosen, "tolerance": tolerance, "check": check}
         with agreement.one_model(processes, backend, model, options | {"max_samples": max_samples}):
             before = {layer.name: layer for layer in backend.layers(model)}
             if prior:
                 _check_prior(before[name] for name in chosen)
+            counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
+            run = {"method": method, "forward": own, **counted}
+            facts = partial(resuming.fingerprint, backend, model, [before[name] for name in chosen], given, run)
+            kept = resuming.opened(checkpoint, given, facts, processes.size, method)
+            allowed = kept.memory if memory is None and kept is not None else memory
             job = Job(
                 backend=backend,
                 model=model,
@@ -95,18 +109,22 @@ def recalibrate(
                 before={name: before[name] for name in chosen},
                 prior=prior,
                 progress=progress or (lambda *_: None),
-                memory=backend.free_memory(model) / 2 / processes.sharing if memory is None else memory,
+                memory=backend.free_memory(model) / 2 / processes.sharing if allowed is None else allowed,
                 samples=getattr(batches, "samples", None),
                 counters=backends.counters(model),
                 group=processes,
+                checkpoint=kept,
             )
             agreement.check_possible(job, method)
             source = Source(batches, most)
-            counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
             notes += agreement.same_data(processes, source, counted)
+            if kept is not None:
+                kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)
         result.untouched.update(untouched)
         result.notes.extend(notes)
+        if kept is not None:
+            result.notes.extend(kept.finish())
         return result
 
 
@@ -146,8 +164,15 @@ def _measured(job: Job, method: str, source: Source, tolerance: float | None) ->
     """What the method measures, in how many virtual batches, and the standard error if it was asked for."""
     if method == "exact":
         return exact(job, source, tolerance)
+    kept = job.checkpoint
+    begun = kept.standing.measured if kept and kept.standing else None
+
+    def after(measured: Measured, batch: Batch) -> None:
+        if kept is not None and kept.due():
+            kept.save(Standing(measured, memory=job.memory), batch)
+
     with job.measuring(job.before, normalize="batch" if method == "precise" else "update") as start:
-        return one_by_one(start, source, job.group, "recalibrating", job.report), 0, None
+        return one_by_one(start, source, job.group, "recalibrating", job.report, begun, after), 0, None
 
 
 def _finish(job: Job, measured: Measured, write: bool) -> dict[str, str]:

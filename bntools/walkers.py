@@ -69,15 +69,15 @@ class Order:
     Only needed where replicas part ways: one stands before an optional block, another behind it.
     """
 
-    def __init__(self, layers: list[str]):
+    def __init__(self, layers: list[str], before: set[tuple[str, str]] | None = None):
         self.layers = layers
         self._index = {name: i for i, name in enumerate(layers)}
-        self._before: set[tuple[str, str]] = set()
+        self.before = set() if before is None else before  # pairs of layers of which one leads to the other
 
     def learn(self, before: str, after: str) -> bool:
         """Remember that one layer leads to another; False if that was known."""
-        new = (before, after) not in self._before
-        self._before.add((before, after))
+        new = (before, after) not in self.before
+        self.before.add((before, after))
         return new
 
     def first(self, places: set[str], paths: Iterable[tuple[str, ...]]) -> str:
@@ -95,6 +95,6 @@ class Order:
         return self._known(before, after, paths) and not self._known(after, before, paths)
 
     def _known(self, before: str, after: str, paths: set[tuple[str, ...]]) -> bool:
-        if (before, after) in self._before:
+        if (before, after) in self.before:
             return True
         return any(before in path and after in path[path.index(before) + 1 :] for path in paths)

@@ -61,6 +61,16 @@ class Feed:
             return {name: np.concatenate([one[name] for one in group]) for name in group[0]}
         return np.concatenate(group)
 
+    def batches_after(self, samples: int) -> tuple[Iterator[Any], int] | None:
+        """The batches behind the first ``samples`` samples, and how many come before; None where that needs reading."""
+        after = getattr(self._batches, "batches_after", None)
+        found = after(samples) if after else None
+        if found is None:
+            return None
+        batches, before = found
+        rest = Feed(self._model, batches, self._limited, self._whole, self._joined)
+        return iter(rest), before
+
     def _each(self) -> Iterator[Any]:
         """The batches as they come. Raises BntoolsError for data that never ends or ends before it said it would."""
         announced = _length(self._batches)
