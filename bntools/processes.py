@@ -134,8 +134,9 @@ class Group:
                 return self._peers.exchange(value)
         except Exception as error:
             self._over = True
-            who = self.dead() or f"one of {self.size} processes"
-            raise LostError(f"{who} has died (killed, or out of memory?): {said(error)}") from error
+            dead = self.dead()
+            who = f"{dead} has died" if dead else f"one of {self.size} processes has died, or cannot be reached"
+            raise LostError(f"{who} (killed, or out of memory?): nothing was changed") from error
 
 
 def _ranks(ranks: list[int]) -> str:

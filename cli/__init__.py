@@ -68,8 +68,8 @@ class Commands(click.Group):
             _end(ctx, str(error), FAILED)
         except MemoryError:
             _end(ctx, "out of memory: try a smaller --batch-size, or a limit by --memory where there is one", FAILED)
-        except KeyboardInterrupt:
-            _end(ctx, "interrupted", INTERRUPTED)
+        except KeyboardInterrupt as error:
+            _end(ctx, str(error) or "interrupted", INTERRUPTED)
         except OSError as error:
             _end(ctx, str(error), FAILED)
 

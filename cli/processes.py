@@ -76,7 +76,9 @@ def place() -> tuple[int, int]:
 @contextmanager
 def one_voice() -> Iterator[None]:
     """Rank 0 prints for all; the others print nothing, unless they are the first to have an error."""
-    rank, _ = place()
+    rank, count = place()
+    if count > 1:
+        signal.signal(signal.SIGTERM, _terminated)
     if not rank:
         yield
         return
@@ -111,7 +113,9 @@ def joined(model: Path, device: str | None) -> Iterator[Joined]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of broken connections, from every process
     placeable = not (paths.is_onnx(model) or paths.is_keras(model))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = backends.backend("torch").join(device if placeable else "cpu", local)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing else would end a wait for processes that never join
+    with _heard():
+        ranks = backends.backend("torch").join(device if placeable else "cpu", local)
     group = Group(ranks, patience=None)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -122,20 +126,28 @@ def joined(model: Path, device: str | None) -> Iterator[Joined]:
     except BaseException as error:
         if isinstance(error, PeerError) or not ranks.is_first("voice"):
             raise click.exceptions.Exit(_status(error)) from error
-        if isinstance(sys.stderr, _Mute):
-            sys.stderr.muted = False
-        if isinstance(error, Terminated):
-            dead = group.dead()
-            what = f"{dead} has died (killed, or out of memory?)" if dead else "ended from outside"
-            raise BntoolsError(f"{what}: nothing was written") from error
-        raise
+        with _heard():
+            if isinstance(error, Terminated) and (dead := group.dead()):
+                raise BntoolsError(f"{dead} has died (killed, or out of memory?): nothing was written") from error
+            raise
     finally:
         ranks.leave()
 
 
+@contextmanager
+def _heard() -> Iterator[None]:
+    """What the block raises is printed, also on a process that is muted."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(sys.stderr, _Mute):
+            sys.stderr.muted = False
+        raise
+
+
 def _terminated(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_IGN)
-    raise Terminated
+    raise Terminated("ended from outside: nothing was written")
 
 
 def _status(error: BaseException) -> int:
