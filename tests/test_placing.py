@@ -60,7 +60,8 @@ def test_a_block_that_fails_leaves_the_model_as_it_was(gpu):
             bntools.recalibrate(there.model, images())
             raise KeyError
 
-    pytest.raises(KeyError, fails)
+    with pytest.raises(KeyError):
+        fails()
     assert same(model, before)
 
 
