@@ -60,8 +60,10 @@ def check(path: str) -> None:
         for name in reader.get_all_records():
             if problem := _problem(name, reader):
                 raise BntoolsError(f"{path}: not loaded, because {problem}; export the model again and save that")
-    except (RuntimeError, ValueError, RecursionError) as error:
-        raise BntoolsError(f"{path}: damaged or truncated: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        # Its JSON may be anything: what is not where it belongs means the same as what is cut off.
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BntoolsError(f"{path}: damaged or truncated: {said}") from error
 
 
 def _problem(name: str, reader: Any) -> str | None:

@@ -25,9 +25,10 @@ def arrays(path: str) -> np.ndarray | dict[str, np.ndarray]:
     content: Any = files.read_safetensors(path)[0] if safe else pickles.read(path)
     if isinstance(content, (tuple, list)) and content:
         content = content[0]
-    if isinstance(content, torch.Tensor):
+    pickles.check_tensors(path, content.values() if isinstance(content, Mapping) else [content])
+    if pickles.is_plain(content):
         return to_numpy(content)
-    if isinstance(content, Mapping) and content and all(isinstance(v, torch.Tensor) for v in content.values()):
+    if isinstance(content, Mapping) and content and all(map(pickles.is_plain, content.values())):
         named = {str(key): to_numpy(value) for key, value in content.items()}
         return next(iter(named.values())) if safe and len(named) == 1 else named
     kind = "a model" if isinstance(content, torch.nn.Module) else f"a {type(content).__name__}"

@@ -33,7 +33,10 @@ def described(path: str, allow: Sequence[str] = ()) -> list[BatchNorm]:
         return layers(files.load(path, allow=allow)[0])
     holds = pickles.read(path, allow)
     found = weights.at(holds, weights.find(path, holds))
-    return layers(files.load(path, allow=allow)[0]) if isinstance(found, nn.Module) else of_state(found)
+    if isinstance(found, nn.Module):
+        return layers(files.load(path, allow=allow)[0])
+    pickles.check_tensors(path, found.values())
+    return of_state(found)
 
 
 def of_state(state: Mapping[str, Any]) -> list[BatchNorm]:
@@ -45,9 +48,10 @@ def of_state(state: Mapping[str, Any]) -> list[BatchNorm]:
 
 
 def _is_norm(state: Mapping[str, Any], stem: str) -> bool:
-    mean, var = state[stem + MEAN], state.get(f"{stem}.running_var")
-    both = isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)
-    return both and mean.ndim == 1 and mean.shape == var.shape  # type: ignore[union-attr]
+    mean: Any = state[stem + MEAN]
+    var: Any = state.get(f"{stem}.running_var")
+    both = pickles.is_plain(mean) and pickles.is_plain(var)
+    return both and mean.ndim == 1 and mean.shape == var.shape
 
 
 def _record(name: str, stem: str, state: Mapping[str, Any]) -> BatchNorm:
@@ -55,7 +59,7 @@ def _record(name: str, stem: str, state: Mapping[str, Any]) -> BatchNorm:
         _array(state.get(f"{stem}.{key}")) for key in ("running_mean", "running_var", "weight", "bias")
     )
     assert mean is not None
-    counter = state.get(f"{stem}.num_batches_tracked")
+    counter: Any = state.get(f"{stem}.num_batches_tracked")
     return BatchNorm(
         name=name,
         kind="a state dict's",
@@ -67,7 +71,7 @@ def _record(name: str, stem: str, state: Mapping[str, Any]) -> BatchNorm:
         var=var,
         scale=scale if scale is not None and scale.shape == mean.shape else None,
         shift=shift if shift is not None and shift.shape == mean.shape else None,
-        updates=int(counter) if isinstance(counter, torch.Tensor) and counter.numel() == 1 else None,
+        updates=int(counter) if pickles.is_plain(counter) and counter.numel() == 1 else None,
         stats_frozen=False,
         affine_frozen=False,
         dtype=str(state[stem + MEAN].dtype).removeprefix("torch."),
@@ -75,4 +79,4 @@ def _record(name: str, stem: str, state: Mapping[str, Any]) -> BatchNorm:
 
 
 def _array(value: Any) -> np.ndarray | None:
-    return value.detach().to("cpu", torch.float64).numpy() if isinstance(value, torch.Tensor) else None
+    return value.detach().to("cpu", torch.float64).numpy() if pickles.is_plain(value) else None

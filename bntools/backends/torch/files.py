@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bntools import sniff
 from bntools.backends.torch import exported, pickles, sinks, weights
@@ -21,6 +22,7 @@ from bntools.backends.torch.layers import unwrap
 from bntools.errors import BntoolsError
 
 TORCHSCRIPT = "constants.pkl"
+MOST_MODULES = 1 << 17  # with those that stand in several places, which can double with each few bytes of a file
 Arch = nn.Module | Callable[[], nn.Module]
 
 
@@ -71,6 +73,7 @@ def load(path: str, arch: Arch | None = None, allow: Sequence[str] = ()) -> tupl
         _no_arch(path, arch, "a whole model")
         _check_whole(path, found)
         return found, Origin(path, "module", weights.replaced(holds, entry, None), entry)
+    pickles.check_tensors(path, found.values())
     model = _built(path, arch, found)
     return model, Origin(path, "state dict", holds, entry, weights.fill(path, model, found))
 
@@ -111,7 +114,7 @@ def save(model: nn.Module, path: str, temporary: Path, origin: Origin | None = N
 
 def form_of(path: str) -> str:
     """Which of PyTorch's forms a file has. Raises BntoolsError for none of them."""
-    if zipfile.is_zipfile(path):
+    if sniff.is_zip(path):
         with open(path, "rb") as file:
             pickles.check_sizes(path, file)
         with zipfile.ZipFile(path) as archive:
@@ -212,9 +215,34 @@ def _no_arch(path: str, arch: Arch | None, what: str) -> None:
 def _check_whole(path: str, model: nn.Module) -> None:
     """A crafted or damaged pickle can give a module any attributes; see that it hangs together."""
     try:
-        weights.is_state_dict(model.state_dict())
-        sound = all(isinstance(module, nn.Module) for module in model.modules())
+        _check_parts(path, model)
+        pickles.check_tensors(path, model.state_dict().values())
+    except BntoolsError:
+        raise
     except Exception as error:
         raise BntoolsError(f"{path}: the model in it is damaged: {type(error).__name__}: {error}") from error
-    if not sound:
-        raise BntoolsError(f"{path}: the model in it is damaged: not all its submodules are nn.Modules")
+
+
+def _check_parts(path: str, model: nn.Module) -> None:
+    """Each module holds modules, parameters and buffers under names. Nothing of theirs is called before this is so."""
+    pending, seen = [model], set()
+    while pending:
+        module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        held = vars(module) if isinstance(module, nn.Module) else {}
+        for place, kind in (("_modules", nn.Module), ("_parameters", torch.Tensor), ("_buffers", torch.Tensor)):
+            found = held.get(place)
+            sound = isinstance(found, dict) and all(
+                isinstance(name, str) and (value is None or isinstance(value, kind)) for name, value in found.items()
+            )
+            if not sound:
+                raise BntoolsError(f"{path}: the model in it is damaged: the {place} of a module are none")
+        pending += [value for value in held["_modules"].values() if value is not None]
+        tensors = (*held["_parameters"].values(), *held["_buffers"].values())
+        if not all(one is None or is_lazy(one) or pickles.is_plain(one) for one in tensors):
+            raise BntoolsError(f"{path}: the model in it is damaged: it has weights that are no numbers in memory")
+    for count, _ in enumerate(model.named_modules(remove_duplicate=False)):
+        if count > MOST_MODULES:
+            raise BntoolsError(f"{path}: the model in it has more than {MOST_MODULES:,} layers: not read")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import enum
 import io
+import mmap
+import os
 import pickle
 import re
 import struct
 import types
 import zipfile
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, BinaryIO
@@ -22,8 +25,9 @@ from typing import Any, BinaryIO
 import torch
 import torch.nn.functional as F
 from torch import _weights_only_unpickler, nn
+from torch.nn.parameter import is_lazy
 
-from bntools import imports
+from bntools import imports, sniff
 from bntools.backends.torch import opcodes
 from bntools.errors import BntoolsError
 
@@ -31,9 +35,11 @@ ADMITTED = ("torch.nn", "torchvision", "timm")
 OURS = (("bntools.backends.torch.layers", "StaysInEval"), ("bntools.backends.torch.frozen_affine", "FrozenAffine"))
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 BUILTIN_FUNCTIONS = ("torch", "torch._C._nn")
+DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error)  # what zipfile raises
 LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 LEGACY_PICKLES = 4  # one after the other: the magic number, the protocol, facts of the system, the object
 SLACK = 64 << 20  # bytes: below this no archive is called a bomb
+LONGEST_PICKLE = 1 << 20  # bytes beyond the size of the file; torch.save does not compress it
 RATIO = 8  # float weights hardly compress, and torch.save does not even try
 
 
@@ -47,10 +53,11 @@ def read(path: str, allow: Sequence[str] = ()) -> Any:
     something that is not admitted; every such name is in the message.
     """
     with open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
+        if sniff.is_zip(file):
             return _read_archive(path, file, allow)
         file.seek(0)
         if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+            _check_legacy(path, file)
             return _read_legacy(path, file)
     raise BntoolsError(f"{path}: not a file that torch.save wrote, and no model file bntools knows")
 
@@ -60,10 +67,28 @@ def check_sizes(path: str, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile as error:
+    except DAMAGES as error:
         raise BntoolsError(f"{path}: a damaged or truncated archive ({error})") from error
     actual = file.seek(0, io.SEEK_END)
     file.seek(0)
+    _check_claim(path, actual, claimed)
+
+
+def check_tensors(path: str, found: Iterable[Any]) -> None:
+    """Refuse tensors that are far more than the file: views may repeat one number, or one another, without end."""
+    tensors = (value for value in found if isinstance(value, torch.Tensor) and not is_lazy(value))
+    claimed = sum(value.numel() * value.element_size() for value in tensors)
+    _check_claim(path, os.path.getsize(path), claimed)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of numbers in memory: none that is sparse, nested, quantized, or without values."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_nested or value.is_quantized)
+
+
+def _check_claim(path: str, actual: int, claimed: int) -> None:
     if claimed > RATIO * actual + SLACK:
         raise BntoolsError(
             f"{path}: claims to unpack from {actual:,} to {claimed:,} bytes, which no model does: not read"
@@ -75,7 +100,10 @@ def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
     try:
         # The reader that torch.load uses: another zip library may see another data.pkl in a crafted file.
         reader = torch._C.PyTorchFileReader(file)
-        scan = opcodes.scan(reader.get_record("data.pkl"))
+        content = reader.get_record("data.pkl")
+        if len(content) > os.path.getsize(path) + LONGEST_PICKLE:
+            raise BntoolsError(f"{path}: a pickle that claims to unpack to {len(content):,} bytes: not read")
+        scan = opcodes.scan(content)
         file.seek(0)
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except (opcodes.Unreadable, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
@@ -87,6 +115,20 @@ def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
     objects = _admit(path, names, allow)
     _check_uses(path, scan, objects)
     return _restricted(path, file, [(value, ".".join(name)) for name, value in objects.items()])
+
+
+def _check_legacy(path: str, file: BinaryIO) -> None:
+    """Refuse a file of the old format whose pickles, or the storages in them, claim more than lies there."""
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for _ in range(LEGACY_PICKLES):
+                scan = opcodes.scan(content)
+                _check_fill(path, scan, {})
+                claimed = sum(max(0, number) for number in scan.storages.values())
+                if claimed > len(content):
+                    raise BntoolsError(f"{path}: truncated: it claims {claimed:,} numbers in {len(content):,} bytes")
+    except opcodes.Unreadable as error:
+        raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
 
 
 def _read_legacy(path: str, file: BinaryIO) -> Any:
@@ -189,10 +231,11 @@ def _check_uses(path: str, scan: opcodes.Scan, objects: dict[tuple[str, str], An
     """Admitted classes may be instantiated empty and filled, enums looked up by value, no more."""
     enums = {n for n, v in objects.items() if isinstance(v, type) and issubclass(v, enum.Enum)}
     creatable = {n for n, v in objects.items() if isinstance(v, type)} - enums
+    _check_fill(path, scan, objects)
     suspicious = (
         (set(objects) & scan.called) - enums
         | (set(objects) & scan.created) - creatable
-        | set(objects) & (scan.created_with_arguments | scan.passed | scan.refilled)
+        | set(objects) & (scan.created_with_arguments | scan.passed | scan.refilled | scan.hooked)
     )
     if suspicious or scan.calls_computed:
         what = _listed(sorted(suspicious)) if suspicious else "an object that it computes"
@@ -200,6 +243,17 @@ def _check_uses(path: str, scan: opcodes.Scan, objects: dict[tuple[str, str], An
             f"{path}: not loaded, because loading it would call {what}: no saved model does that, "
             f"so the file is damaged or hostile"
         )
+
+
+def _check_fill(path: str, scan: opcodes.Scan, objects: dict[tuple[str, str], Any]) -> None:
+    """An attribute that stands in front of a method would be called in its place."""
+    for name, attribute, value in sorted(scan.filled):
+        kind = objects.get(name, OrderedDict)  # what PyTorch itself admits is filled as one of these
+        if callable(getattr(kind, attribute, None)) and value != OURS[0]:
+            raise BntoolsError(
+                f"{path}: not loaded, because it puts something else in the place of the method {attribute} of "
+                f"{_listed([name])}: no saved model does that, so the file is damaged or hostile"
+            )
 
 
 def _not_admitted(path: str, names: list[tuple[str, str]]) -> str:
