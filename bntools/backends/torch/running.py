@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def call(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
 def prepared(model: nn.Module, batch: Any) -> Any:
     """What of the batch goes into the model: one input, or a dict of keyword inputs; arrays as tensors."""
-    example = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), torch.empty(0))
+    tensors = chain(model.parameters(), model.buffers())
+    example = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return pytree.tree_map(lambda value: _tensor(value, example), inputs)

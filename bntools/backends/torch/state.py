@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,10 +94,16 @@ class Attributes:
         self.quiet = [(vars(m), len(vars(m)), m, frozenset(vars(m))) for m in modules if m not in watched]
         self.open = True
         self.start = self._taken()
+        self._quiet = [own for own, *_ in self.quiet]
+        self._loud = [own for module in self.watched for own in (vars(module), module._buffers)]
+        self._untouched = self._fingerprint()
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """The attributes as they were at the start, for as long as a replica waits."""
+        if self._fingerprint() == self._untouched:
+            yield  # whoever runs meanwhile leaves them so, too
+            return
         mine = self._taken()
         self.restore()
         try:
@@ -104,8 +111,15 @@ class Attributes:
         finally:
             self._put(mine)
 
+    def _fingerprint(self) -> tuple[list[int], list[int]]:
+        """Tells in microseconds that all attributes are the very objects of the start, as they are in most models."""
+        values = chain.from_iterable(map(dict.values, self._loud))
+        return list(map(len, self._quiet)), list(map(id, values))
+
     def restore(self) -> None:
         """Put back the attributes as they were at the start."""
+        if self._fingerprint() == self._untouched:
+            return
         for module, keys in self._extended():
             for key in vars(module).keys() - keys:
                 del vars(module)[key]
