@@ -9,7 +9,7 @@ import click
 
 from bntools.files import state
 
-from . import arguments, bank, loading, output, paths, placing, processes, progress, records, reporting
+from . import arguments, bank, loading, output, paths, placing, processes, progress, records, reporting, resuming
 from .loading import load
 from .reading import Reading, reading_options, said_when_skipped
 
@@ -23,6 +23,7 @@ from .reading import Reading, reading_options, said_when_skipped
 @click.option(
     "--per-domain", is_flag=True, help="A file of statistics for each subfolder of DATA, in MODEL.sites; MODEL stays."
 )
+@click.option("--resume", is_flag=True, help="Go on where this command, given before, was stopped.")
 @click.option("--method", type=click.Choice(["exact", "precise", "ema"]), default="exact", show_default=True)
 @click.option(
     "--prior", type=arguments.Finite(min=0), default=0, metavar="N", help="Count the stored statistics as N samples."
@@ -49,6 +50,7 @@ def command(
     in_place: bool,
     force: bool,
     per_domain: bool,
+    resume: bool,
     method: str,
     prior: float,
     memory: int | None,
@@ -75,6 +77,7 @@ def command(
         raise click.UsageError("--per-domain writes no report: leave out --html")
     if per_domain:
         processes.refuse_together("recalibrate --per-domain")
+    resuming.refuse(resume, per_domain, method, processes.place()[1])
     with processes.joined(model, device) as job:
         if per_domain:
             folder = bank.destination(model, target, in_place, force)
@@ -104,11 +107,13 @@ def command(
         output.say(f"{data}: {batches.description}", quiet=as_json)
         with (
             said_when_skipped(data, batches, quiet=as_json),
+            resuming.checkpoint(written, method, job.group.size, resume, quiet=as_json) as kept,
             placing.placed(loaded, job.device, autocast) as there,
             progress.samples() as report,
         ):
             paced = job.paced(report)
-            result = bntools.recalibrate(there.model, batches, progress=paced, group=job.group, **options)
+            options.update(progress=paced, group=job.group, checkpoint=kept)
+            result = bntools.recalibrate(there.model, batches, **options)
         record = {**start, **job.record, **there.record, "input": job.agreed(batches), **records.recalibration(result)}
         if job.group.rank:
             return
