@@ -67,6 +67,11 @@ class Data:
             raise TypeError("data that only comes as it comes has no length")
         return self.samples
 
+    @property
+    def dealt(self) -> bool:
+        """Whether this is the share of one of several processes, each of which has other samples."""
+        return self._source.reading.shard is not None
+
     def __bool__(self) -> bool:
         return True
 

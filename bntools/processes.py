@@ -47,7 +47,7 @@ class Group:
     ``patience`` is how many seconds to wait until all have come together, None where that is known.
     """
 
-    def __init__(self, peers: Peers | None = None, patience: float | None = PATIENCE):
+    def __init__(self, peers: Peers | None = None, patience: float | None = None):
         self._peers = peers if peers is not None and peers.size > 1 else None
         self._patience = patience
         self._over = False  # nobody takes part in another exchange

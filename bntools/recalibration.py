@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bntools import agreement, backends, resuming
+from bntools import agreement, backends, feeding, resuming
 from bntools.batches import Batch, Source, is_repeatable
 from bntools.course import convergence
 from bntools.errors import BntoolsError
@@ -51,7 +51,8 @@ def recalibrate(
 
     A batch is an array of shape (samples, ...), a tuple or list whose first element is one, or a
     dict of keyword inputs; ``forward(model, batch)`` overrides how it goes into the model. Micro-batches may
-    be of any size: the exact result does not depend on it, nor on their order.
+    be of any size: the exact result does not depend on it, nor on their order. A path, or a dataset of Hugging Face,
+    is read as ``bntools.data.open`` does, with which ``mean`` and ``std`` may be given as well.
 
     ``method="exact"`` gives what one batch of the whole data would give: every layer is measured behind
     layers that already have their new statistics. ``"precise"`` pools mini-batch moments (Wu and
@@ -90,7 +91,8 @@ def recalibrate(
         model = backend.edit(model)
         own, most = forward is not None, agreement.own_share(processes, max_samples)
         notes = agreement.padded(processes, batches)
-        given, batches = batches, backends.fed(model, batches, most, whole=own, joined=method == "exact" and not own)
+        given = feeding.given(model, batches, most)
+        batches = backends.fed(model, given, most, whole=own, joined=method == "exact" and not own)
         chosen, untouched = targets(backend.layers(model), layers, backends.absence(model))
         options = {"method": method, "prior": prior, "layers": chosen, "tolerance": tolerance, "check": check}
         with agreement.one_model(processes, backend, model, options | {"max_samples": max_samples}):
@@ -117,7 +119,7 @@ def recalibrate(
             )
             agreement.check_possible(job, method)
             source = Source(batches, most)
-            notes += agreement.same_data(processes, source, counted)
+            notes += [] if getattr(given, "dealt", False) else agreement.same_data(processes, source, counted)
             if kept is not None:
                 kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)

@@ -116,7 +116,7 @@ def joined(model: Path, device: str | None) -> Iterator[Joined]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing else would end a wait for processes that never join
     with _heard():
         ranks = backends.backend("torch").join(device if placeable else "cpu", local)
-    group = Group(ranks, patience=None)
+    group = Group(ranks)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with group.together():

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
+from bntools import processes
 from bntools.alone import alone
 from bntools.errors import BntoolsError
 from bntools.processes import Group
@@ -135,7 +136,7 @@ def group(model: Any, given: Any = None) -> Group:
     if isinstance(given, Group):
         return given
     found = backend("torch").ranks if given is not None else getattr(of(model), "ranks", None)
-    return Group(None if found is None else found(model, given))
+    return Group(None if found is None else found(model, given), processes.PATIENCE)
 
 
 def counters(model: Any) -> Callable[[], None]:
