@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +30,10 @@ NOTES = "bntools"  # the key of our notes in the comment of an archive, and the 
 MOST_NOTES = 65535  # bytes in the comment of a zip archive
 SLACK = 64 << 20  # bytes: below this nothing is called a bomb
 RATIO = 8  # float weights hardly compress, and Keras does not even try
+DAMAGES = (  # what zipfile and h5py raise for bytes that are not as they should be
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError,
+    RuntimeError, ValueError, KeyError, TypeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def loads(path: str, what: str, text: str | bytes) -> Any:
 
 
 def _read_archive(path: str) -> Contents:
-    if not zipfile.is_zipfile(path):
+    if not sniff.is_zip(path):
         found = sniff.describe(path)
         found = "a damaged or truncated zip archive" if found == "a zip archive" else found
         hint = "; rename it to .h5" if found.startswith("an HDF5") else ""
@@ -218,7 +225,7 @@ def _damaged(path: str, what: str) -> Iterator[None]:
         yield
     except BntoolsError:
         raise
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, ValueError, KeyError) as error:
+    except DAMAGES as error:
         raise BntoolsError(f"{path}: a damaged or truncated {what} ({_line(error)})") from error
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

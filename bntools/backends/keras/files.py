@@ -23,7 +23,7 @@ from bntools.backends.keras.contents import Contents
 from bntools.backends.keras.found import remember, remembered, training_steps
 from bntools.backends.keras.naming import named, norms
 from bntools.backends.keras.optimizers import SKIPPED, restore
-from bntools.backends.keras.trust import admitted
+from bntools.backends.keras.trust import admitted, sized
 from bntools.errors import BntoolsError
 
 FORMS = {".keras": "archive", ".h5": "hdf5", ".hdf5": "hdf5"}
@@ -75,7 +75,7 @@ def load(path: str, arch: Any = None, allow: Sequence[str] = ()) -> tuple[keras.
             f"and save it as .h5"
         )
     custom = admitted(path, (held.config, held.training), allow)
-    with quiet(), explained(path, held.version):
+    with quiet(), explained(path, held.version), sized(path, os.path.getsize(path)):
         model = _archived(held, custom) if held.form == "archive" else _legacy(held, custom)
     if not isinstance(model, keras.Model):
         raise BntoolsError(f"{path}: holds a {type(model).__name__}, which is no keras.Model")

@@ -7,14 +7,18 @@ never run.
 
 from __future__ import annotations
 
+import math
+import threading
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
 from bntools import imports
+from bntools.backends.keras.contents import RATIO, SLACK
 from bntools.errors import BntoolsError
 
 OWN = "bntools.backends.keras"
@@ -71,6 +75,38 @@ def admitted(path: str, configs: Sequence[Any], allow: Sequence[str]) -> dict[st
     if strangers:
         raise BntoolsError(_not_admitted(path, strangers, allow))
     return custom
+
+
+@contextmanager
+def sized(path: str, stored: int) -> Iterator[None]:
+    """Refuse layers whose variables are far larger than the file from which the model is built in the block.
+
+    A config of a few bytes can ask for any number of units. ``stored`` is the size of the file in bytes. Raises
+    BntoolsError, before Keras allocates anything.
+    """
+    thread, add, claimed = threading.get_ident(), keras.Layer.add_weight, 0
+
+    def counted(layer: Any, *args: Any, **options: Any) -> Any:
+        nonlocal claimed
+        shape = args[0] if args else options.get("shape")
+        if threading.get_ident() == thread and isinstance(shape, (tuple, list)) and all(map(_is_size, shape)):
+            claimed += 4 * math.prod(shape)
+            if claimed > RATIO * stored + SLACK:
+                raise BntoolsError(
+                    f"{path}: layer {layer.name!r} asks for variables of {tuple(shape)}, and the file has {stored:,} "
+                    f"bytes: not loaded"
+                )
+        return add(layer, *args, **options)
+
+    keras.Layer.add_weight = counted
+    try:
+        yield
+    finally:
+        keras.Layer.add_weight = add
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def _named(path: str, value: Any, owner: str) -> Iterator[Named]:
