@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from bntools import backends, sniff
 from bntools.errors import BntoolsError
 from bntools.reading import Reading
 
+SLACK, RATIO = 64 << 20, 200  # bytes, and how far arrays may be compressed beyond them
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -150,14 +153,36 @@ def _loaded(path: Path) -> Any:
     try:
         if suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
+        _check_claims(path)
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
+    except BntoolsError:
+        raise
     except Exception as error:
         # NumPy parses the header with ast and zipfile, whose errors all mean the same here.
         raise BntoolsError(f"{path}: no readable NumPy file ({sniff.describe(path)}): {error}") from error
     if not found:
         raise BntoolsError(f"{path}: an archive without arrays")
     return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _check_claims(path: Path) -> None:
+    """Refuse an archive whose arrays are said to be larger than what is there, or than its bytes can honestly hold."""
+    actual = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        claimed = sum(entry.file_size for entry in entries)
+        if claimed > RATIO * actual + SLACK:
+            raise BntoolsError(f"{path}: claims to unpack from {actual:,} to {claimed:,} bytes: not read")
+        for entry in entries:
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if math.prod(shape) * dtype.itemsize > entry.file_size or min(shape, default=0) < 0:
+                raise BntoolsError(
+                    f"{path}: {entry.filename} has {entry.file_size:,} bytes, too few for {dtype} {shape}"
+                )
 
 
 def _check(path: Path, name: str, array: Any) -> None:

@@ -25,6 +25,7 @@ from bntools import sniff
 from bntools.errors import BntoolsError
 from bntools.sources.parts import Part
 
+SLACK, RATIO = 8 << 20, 100  # pixels that any file may have, and those of a larger one for each byte of it
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 RGB = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA")
@@ -83,7 +84,7 @@ def header(entry: Entry) -> Header | Unreadable:
     try:
         with _opened(entry) as image:
             found = _header(image)
-            if reason := _refused(image):
+            if reason := _refused(image) or _inflated(entry, image):
                 return _unreadable(entry, reason)
             if not _ends_as_it_should(entry, image.format):
                 image.load()
@@ -104,7 +105,7 @@ def decode(entry: Entry, channels: int, size: tuple[int, int]) -> tuple[np.ndarr
     try:
         with _opened(entry) as image:
             found = _header(image)
-            if reason := _refused(image):
+            if reason := _refused(image) or _inflated(entry, image):
                 return _unreadable(entry, reason)
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(_fitted(_converted(image, channels), size), channels), found
@@ -199,6 +200,16 @@ def _refused(image: Image.Image) -> str | None:
     if most is not None and image.width * image.height > most:
         return f"more pixels than an image should have ({image.width * image.height:,}, and Pillow's limit is {most:,})"
     return None
+
+
+def _inflated(entry: Entry, image: Image.Image) -> str | None:
+    """Why an image whose few bytes claim a great many pixels is not decoded: no photograph is like that."""
+    pixels = image.width * image.height
+    if pixels <= SLACK or isinstance(entry.content, Image.Image):
+        return None
+    with bytes_of(entry) as file:
+        size = file.seek(0, os.SEEK_END)
+    return f"{pixels:,} pixels in {size:,} bytes, as no photograph has: scale it" if pixels > RATIO * size else None
 
 
 def _ends_as_it_should(entry: Entry, kind: str | None) -> bool:

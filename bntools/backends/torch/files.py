@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from bntools import sniff
 from bntools.backends.torch import exported, pickles, sinks, weights
-from bntools.backends.torch.layers import unwrap
+from bntools.backends.torch.layers import layers, unwrap
 from bntools.errors import BntoolsError
 
 TORCHSCRIPT = "constants.pkl"
@@ -216,6 +216,7 @@ def _check_whole(path: str, model: nn.Module) -> None:
     """A crafted or damaged pickle can give a module any attributes; see that it hangs together."""
     try:
         _check_parts(path, model)
+        layers(model)
         pickles.check_tensors(path, model.state_dict().values())
     except BntoolsError:
         raise

@@ -222,6 +222,20 @@ def test_attributes_that_hide_no_call(tmp_path):
     assert bntools.load(tmp_path / "model.pt").type == "head"
 
 
+NONSENSE = [("momentum", -1e9), ("momentum", "0.1"), ("eps", None), ("num_features", "x")]
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_layers_that_are_described_by_nonsense(tmp_path, name, value):
+    """What no layer can have as momentum, eps or number of channels is damage, found when the file is read."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model[0].num_batches_tracked.fill_(1000)
+    setattr(model[0], name, value)
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(BntoolsError, match="damaged"):
+        bntools.load(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize(("place", "value"), [(8, b"\xff\xff"), (42, b"\xff" * 4), (46, b"\xff\xfe")])
 def test_archives_that_make_zipfile_stumble(tmp_path, place, value):
     """A table of contents that no archive can have is damage, in whatever way zipfile says so."""
