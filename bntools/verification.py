@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bntools import backends
+from bntools import backends, feeding
 from bntools.batches import Source
 from bntools.comparison import error
 from bntools.divergence import first_divergence
@@ -70,7 +70,7 @@ def _checked(
     """The worst check of the ways to run the candidate; the reference and the candidate to look into if it failed."""
     truth = _runners(reference, ("cpu",), _forward(reference, candidate, forward))[0]
     trials = [Trial(runner) for runner in _runners(candidate, providers, _forward(candidate, reference, forward))]
-    batches = backends.fed(candidate, backends.fed(reference, batches))
+    batches = backends.fed(candidate, backends.fed(reference, feeding.given(reference, batches)))
     samples = _compare(truth, trials, batches)
     checks = [trial.result(truth, samples, tolerance) for trial in trials]
     worst = max(range(len(checks)), key=lambda i: (not checks[i].passed, checks[i].error))

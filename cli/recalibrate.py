@@ -69,8 +69,9 @@ def command(
     """Measure the BN statistics of MODEL anew on DATA, without training and without labels.
 
     Writes MODEL.recalibrated, with the suffix that MODEL has, and the record MODEL.recalibrated.json beside it.
-    DATA is a folder of images, a .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a
-    function package.module:function that yields batches. With --per-domain, DATA is a folder with a subfolder, or file
+    DATA is a folder of images, tar shards ('train-{000..011}.tar'), Parquet files, a dataset that datasets wrote, a
+    .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a function package.module:function that
+    yields batches or returns a dataset of Hugging Face. With --per-domain, DATA is a folder with a subfolder, or file
     of arrays, for each domain; bntools stats apply brings one of the files into MODEL, bntools.use into a live model.
     """
     if per_domain and html is not None:

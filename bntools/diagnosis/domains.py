@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bntools import backends
+from bntools import backends, feeding
 from bntools.batches import Source
 from bntools.diagnosis import pieces
 from bntools.diagnosis.pieces import Deviation, Piece
@@ -80,7 +80,7 @@ def of_folder(path: str | Path, opened: Callable[[str, int], Data]) -> dict[str,
 
 
 def _pieces(model: Any, part: Any, forward: Forward | None) -> list[Any]:
-    fed = backends.fed(model, part, MOST, whole=forward is not None)
+    fed = backends.fed(model, feeding.given(model, part, MOST), MOST, whole=forward is not None)
     return pieces.cut((batch.content for batch in Source(fed, MOST)), MOST)
 
 

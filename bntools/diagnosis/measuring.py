@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bntools import backends
+from bntools import backends, feeding
 from bntools.batches import Source
 from bntools.course import convergence, standard_error
 from bntools.diagnosis import advice, domains, drift, histograms, looks, outputs
@@ -61,6 +61,7 @@ def diagnose(
     backend = backends.of(model)
     model = backend.edit(model)
     own = forward is not None
+    batches = feeding.given(model, batches, max_samples)
     batches = backends.fed(model, batches, max_samples, whole=own, joined=not own)
     before = {layer.name: layer for layer in backend.layers(model)}
     chosen, untouched = targets(list(before.values()), layers, backends.absence(model), frozen=True)
