@@ -19,6 +19,7 @@ except ImportError:  # Windows
 
 _threads = threading.RLock()
 _turns: set[Path] = set()  # folders that are locked
+_obsolete: set[Path] = set()  # data files in them that no file refers to any more
 
 
 @contextmanager
@@ -29,9 +30,9 @@ def data_file(
 
     ``name`` is one from ``new_name`` that was taken already.
     ``referred`` tells the files beside it that a model file refers to. When the block ends, those go that
-    the replaced file alone referred to and that bear such a name; when it raises, the new file goes. So at any moment
-    the model file that is there finds its weights: a crash leaves the old pair or the new one, and at most a
-    data file too many.
+    the replaced file alone referred to and that bear such a name; when it raises, the new file goes. Inside of a
+    ``turn`` the old ones go at its end, if that is a good one. So at any moment the model file that is there finds
+    its weights: a crash leaves the old pair or the new one, and at most a data file too many.
     """
     target = Path(os.path.realpath(path))
     data = new_name(target) if name is None else name
@@ -43,9 +44,7 @@ def data_file(
             with suppress(OSError):
                 data.unlink()
             raise
-        for old in before - owned(target, referred):
-            with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
-                old.unlink()
+        _obsolete.update(before - owned(target, referred))
 
 
 def new_name(path: str | os.PathLike[str]) -> Path:
@@ -69,8 +68,12 @@ def turn(folder: Path) -> Iterator[None]:
             _turns.add(folder)
             try:
                 yield
+                for old in [one for one in _obsolete if one.parent == folder]:
+                    with suppress(OSError):  # the new file is in place: what the old one leaves behind harms nobody
+                        old.unlink()
             finally:
                 _turns.discard(folder)
+                _obsolete.difference_update([one for one in _obsolete if one.parent == folder])
 
 
 @contextmanager

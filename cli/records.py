@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -103,34 +103,41 @@ def write_both(model: Any, output: Path, record: dict[str, Any], record_path: Pa
     place, record_place = (Path(os.path.realpath(path)) for path in (output, record_path))
     with (
         datafiles.turn(place.parent),
-        _kept(place),
-        _kept(record_place),
+        _kept(place, overwrite) as written,
+        _kept(record_place, overwrite),
         atomic_write(record_path, overwrite=overwrite) as temporary,
     ):
         temporary.write_text(text(record), encoding="utf-8")
         if overwrite:
             record_place.unlink(missing_ok=True)
         bntools.save(model, output, overwrite=overwrite)
+        written()
 
 
 @contextmanager
-def _kept(path: Path) -> Iterator[None]:
-    """If the block fails, put back the file that was at this path, and its data file, or none if there was none."""
-    before = [path, *_data_files(path)] if path.exists() else []
-    backups = {each: _backup(each) for each in before}
+def _kept(path: Path, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """If the block fails, put back the file that was at this path, or none if there was none; new data files go.
+
+    Where nothing is to be overwritten, what is there may be another's: it goes only after the block has said, by what
+    it is given, that it has written it. The old data file is not touched before the end of the turn. A second name for
+    it, as for the file itself, would be left by a process that is killed, and onnx refuses to read data from a file
+    with two names.
+    """
+    data, own = _data_files(path), [overwrite]
+    backup = _backup(path) if path.exists() else None
     try:
-        yield
+        yield lambda: own.append(True)
     except BaseException:
-        for written in {path, *_data_files(path)} - backups.keys():
-            _remove(written)
-        for each, backup in backups.items():
-            if backup.is_dir():
-                _remove(each)
-            os.replace(backup, each)
+        if any(own):
+            for new in _data_files(path) - data:
+                _remove(new)
+            if backup is None or backup.is_dir():
+                _remove(path)
+            if backup is not None:
+                os.replace(backup, path)
         raise
     finally:
-        # also after putting it back: renaming one of two names of the same file removes neither
-        for backup in backups.values():
+        if backup is not None:  # also after putting it back: renaming one of two names of a file removes neither
             _remove(backup)
 
 
