@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench torchrun clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/bntools demo
@@ -18,6 +18,10 @@ lint: $(VENV)/test.ready
 
 bench: $(VENV)/bench.ready
 	$(BIN)/python tests/benchmarks
+
+# Jobs of several processes: the same statistics whatever N, one message whoever dies, and the time.
+torchrun: $(VENV)/test.ready
+	$(BIN)/python tests/trust/torchrun.py
 
 $(VENV)/%.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
