@@ -73,6 +73,7 @@ def command(
     .npy, .npz, .pt or .safetensors file of arrays (first axis: samples), or a function package.module:function that
     yields batches or returns a dataset of Hugging Face. With --per-domain, DATA is a folder with a subfolder, or file
     of arrays, for each domain; bntools stats apply brings one of the files into MODEL, bntools.use into a live model.
+    Under torchrun (torchrun --nproc-per-node N -m bntools.cli recalibrate MODEL DATA) N processes share DATA.
     """
     if per_domain and html is not None:
         raise click.UsageError("--per-domain writes no report: leave out --html")
