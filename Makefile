@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench torchrun clean
+.PHONY: demo test lint bench torchrun matrix supply clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/bntools demo
@@ -22,6 +22,17 @@ bench: $(VENV)/bench.ready
 # Jobs of several processes: the same statistics whatever N, one message whoever dies, and the time.
 torchrun: $(VENV)/test.ready
 	$(BIN)/python tests/trust/torchrun.py
+
+fuzz: $(VENV)/test.ready
+	$(BIN)/python tests/trust/fuzz.py $(READER) $(if $(N),-n $(N))
+
+# The suite on the oldest and the newest versions promised; ROW=newest-3.13 runs that row.
+matrix: $(VENV)/test.ready
+	$(BIN)/python tests/trust/matrix.py $(ROW)
+
+# What an installation brings: packages, megabytes, licences.
+supply: $(VENV)/test.ready
+	$(BIN)/python tests/trust/supply.py
 
 $(VENV)/%.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

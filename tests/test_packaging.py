@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WHEEL = 700_000  # bytes at most
+ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = set(ABOUT["optional-dependencies"]) - {"test", "bench"}  # the others are for users
+# modules -> what is installed to have them, where the names differ
+CALLED = {"PIL": "pillow", "google": "protobuf", "sklearn": "scikit_learn"}
+# Looked for where the user has them: callbacks are classes of these frameworks.
+OFFERED = {"lightning", "pytorch_lightning", "transformers", "tensorboard", "datasets"}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +31,7 @@ def wheel(tmp_path_factory) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("bntools-*.whl")
+    assert path.stat().st_size < WHEEL
     return zipfile.ZipFile(path).namelist()
 
 
@@ -101,3 +110,34 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add((node.module or "").split(".")[0])
     return found
+
+
+def declared() -> dict[str, str]:
+    """What bntools requires, alone and with extras: the lower bound by package."""
+    lines = [*ABOUT["dependencies"], *(line for extra in EXTRAS for line in ABOUT["optional-dependencies"][extra])]
+    bounds = (line.partition(">=") for line in lines if not line.startswith("bntools"))
+    return {name.replace("-", "_"): bound for name, _, bound in bounds}
+
+
+def test_what_is_imported_is_declared():
+    """Every package that bntools imports is required by it or an extra, not only by another package."""
+    names = (name for name in tracked() if name.startswith(("bntools/", "cli/")) and name.endswith(".py"))
+    found = set().union(*(imported(ROOT / name) for name in names)) - set(sys.stdlib_module_names) - {"bntools"}
+    missing = {CALLED.get(name, name) for name in found} - OFFERED - set(declared())
+    assert missing == set()
+
+
+def test_every_dependency_is_described():
+    """DEPENDENCIES.md has a row for each direct dependency of bntools and its extras, and for nothing else."""
+    lines = (ROOT / "DEPENDENCIES.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split("`")[1].replace("-", "_") for line in lines if line.startswith("| `") and "bntools" not in line}
+    assert rows == set(declared())
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """What the matrix tests as oldest is what pyproject.toml promises."""
+    lines = (ROOT / "tests" / "trust" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = dict(line.replace("-", "_").split("==") for line in lines if line and not line.startswith("#"))
+    for name, bound in declared().items():
+        if name != "onnxruntime_gpu":
+            assert (oldest[name] + ".").startswith(bound + "."), name
