@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 from collections import UserDict, namedtuple
+from importlib.metadata import version
 from pathlib import Path
 
 import models
@@ -42,10 +43,10 @@ def cnn():
 
 
 def shapes(path):
-    """The inputs and outputs of a file with their axes."""
+    """The inputs and outputs of a file with their axes; one that is free is called s0 by PyTorch 2.6, then batch."""
     graph = onnx.load(path).graph
     return {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        value.name: ["batch" if axis.dim_param else axis.dim_value for axis in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
 
@@ -135,7 +136,7 @@ def test_file_says_what_it_is(exported):
     onnx.checker.check_model(path, full_check=True)
     said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert said["bntools.version"] == bntools.__version__
-    assert said["bntools.source"] == f"Sequential (torch {torch.__version__})"
+    assert said["bntools.source"] == f"Sequential (torch {version('torch')})"
     assert said["bntools.exporter"] == "dynamo"
     assert json.loads(said["bntools.folded"]) == check.folded
     assert json.loads(said["bntools.kept"]) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import models
 import numpy as np
@@ -204,7 +205,8 @@ def test_what_is_no_model_and_torchscript_are_refused():
     """The error says what was found and what is served."""
     with pytest.raises(bntools.BntoolsError, match=r"found a builtins\.dict where a model was expected"):
         bntools.inspect({})
-    with pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch deprecates TorchScript
         script = torch.jit.trace(nn.Sequential(nn.BatchNorm1d(2)).eval(), torch.zeros(1, 2))
     with pytest.raises(bntools.BntoolsError, match="found a TorchScript module"):
         bntools.inspect(script)

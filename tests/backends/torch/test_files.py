@@ -238,7 +238,7 @@ def test_suffix_decides_where_there_is_no_origin(tmp_path, model):
     assert isinstance(bntools.load(tmp_path / "whole.pt"), nn.Sequential)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile's own
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: model])
 def test_wrapped_models_are_saved(tmp_path, model, wrap):
     """A compiled or data-parallel model is saved as a file that loads to the same statistics."""
@@ -369,7 +369,7 @@ def test_damaged_safetensors(tmp_path, model):
             bntools.load(tmp_path / "a.safetensors", arch=models.cnn)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch 2.13 deprecates TorchScript
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch deprecates TorchScript
 def test_torchscript_is_refused(tmp_path, model):
     """A TorchScript archive is called that, with what to do instead."""
     torch.jit.trace(model, torch.randn(1, 3, 8, 8)).save(str(tmp_path / "a.pt"))

@@ -236,7 +236,7 @@ def test_reference_cycles_do_not_look_like_outputs():
     assert folds(model, image(3)).folded == ["bn"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is (deprecated|not supported):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is (deprecated|not supported)")
 def test_scripted_parts_are_seen_by_their_calls():
     """A TorchScript convolution is no module that can be rewritten; a scripted BN layer is refused by name."""
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1)))
