@@ -15,6 +15,7 @@ from peers import together
 from torch import nn
 
 import bntools
+from bntools import data
 from bntools.errors import BntoolsError
 from bntools.processes import Group, PeerError
 
@@ -194,6 +195,32 @@ def test_a_group_has_to_be_one():
     assert Group().gather(3) == [3]
     with pytest.raises(BntoolsError, match=r"group='gloo', expected a torch\.distributed\.ProcessGroup"):
         bntools.recalibrate(net(), [X], group="gloo")
+
+
+def factory():
+    """Batches of two samples."""
+    return (np.full((2, 3), index, np.float32) for index in range(7))
+
+
+def test_data_is_dealt_from_one_order(tmp_path):
+    """Each sample goes to one process, whole batches where they belong together; all describe the whole data."""
+    from PIL import Image
+
+    np.save(tmp_path / "x.npy", np.arange(22, dtype=np.float32).reshape(11, 2))
+    for index in range(11):
+        Image.fromarray(np.full((4, 4, 3), index, np.uint8)).save(tmp_path / f"{index}.png")
+    for source in (tmp_path / "x.npy", tmp_path, "test_processes:factory"):
+        whole = data.open(source, batch_size=2)
+        for count, together_ in ((3, 1), (2, 2), (12, 1)):
+            shares_ = [data.open(source, batch_size=2, shard=(rank, count, together_)) for rank in range(count)]
+            dealt = [batch for share in shares_ for batch in share]
+            found = sorted(row.tobytes() for batch in dealt for row in batch)
+            assert found == sorted(row.tobytes() for batch in whole for row in batch)
+            assert all(share.spec == whole.spec for share in shares_)
+            assert all(share.description == whole.description for share in shares_)
+            assert together_ == 1 or sum(len(batch) == 2 for batch in dealt) >= 5
+    with pytest.raises(BntoolsError, match=r"expected \(rank, count, together\)"):
+        data.open(tmp_path, shard=(3, 3, 1))
 
 
 def free_port():
