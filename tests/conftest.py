@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import suppress
 
 import pytest
 import torch
+
+# Commands take a GPU where there is one, and say so; what is tested here is what they do, and say, on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # CUDA builds of PyTorch bring Triton, which aborts the process where TensorFlow, from 2.20, was imported before it:
 # https://github.com/tensorflow/tensorflow/issues/124205

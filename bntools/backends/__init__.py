@@ -6,7 +6,8 @@ A back end is a package of plain functions under the same names:
     load  save  parts
 
 and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files``, ``live``,
-``counters``, ``described``, ``ranks``, ``world`` and ``refuse_freezing``, for which verbs ask with hasattr.
+``counters``, ``described``, ``ranks``, ``world``, ``join``, ``refuse_freezing`` and ``double`` (with ``autocast``), for
+which verbs ask with hasattr.
 
 It is found by looking at the model's type and at what is already imported, so that asking imports
 no framework that the caller does not have in hand (the way einops does it).
