@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import constants, keep, norm, small
 from onnx_nets import Builder, newest
+from peers import together
 
 import bntools
 from bntools import BntoolsError
@@ -88,6 +89,18 @@ def test_exact_whatever_the_batch_size(opset, size):
     assert gap(model, expected) < 2e-6
     assert result.residual < 1e-6
     assert (result.samples, result.virtual_batches, result.untouched) == (24, 1, {})
+
+
+def test_processes_measure_a_graph_together():
+    """Each with its share of the data, however uneven: all come to the statistics of the whole."""
+    x = images()
+    expected = by_hand(residual_net(), {"x": x})
+    graphs, shares = [residual_net() for _ in range(3)], ([x[:17], x[17:20]], [], [x[20:]])
+    results = together(3, lambda group: bntools.recalibrate(graphs[group.rank], shares[group.rank], group=group))
+    for graph, result in zip(graphs, results, strict=True):
+        assert gap(graph, expected) < 2e-6
+        assert (result.samples, result.residual) == (24, results[0].residual)
+    assert graphs[1].SerializeToString() == graphs[0].SerializeToString()
 
 
 def test_the_reference_can_fail():
