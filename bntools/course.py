@@ -12,6 +12,7 @@ from bntools.moments import Moments
 
 GOALS = (0.05, 0.01)  # standard errors, in standard deviations, for which the samples needed are said
 FIRST = 2  # samples: one alone has no standard error
+APART = 1.5  # a point has so many times the samples of the one before: a million virtual batches leave few
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Course:
     """Moments over the samples' own means, as more and more samples come.
 
     Values within one sample are not independent, samples are: the standard error of a mean is that of these means.
-    ``points`` are the moments of the first 2, 4, 8, ... samples, ``total`` those of all.
+    ``points`` are the moments of the first 2, 4, 8, ... samples, and where courses came together of other numbers, each
+    at least half again as many as the one before; ``total`` those of all.
     """
 
     total: Moments = field(default_factory=lambda: Moments(0, np.zeros(0), np.zeros(0)))
@@ -39,16 +41,15 @@ class Course:
 
     def include(self, other: Course) -> None:
         """Take in samples that came after these."""
-        self.points += [self.total.merge(point) for point in other.points]
+        for point in (*other.points, other.total):
+            least = APART * self.points[-1].count if self.points else FIRST
+            if self.total.count + point.count >= least:
+                self.points.append(self.total.merge(point))
         self.total = self.total.merge(other.total)
 
     def settling(self) -> Iterator[Moments]:
-        """The points, each at least half again as many samples as the one before, and the total at the end."""
-        last = 0.0
-        for point in self.points:
-            if point.count >= 1.5 * last and point.count < self.total.count:
-                last = point.count
-                yield point
+        """The points, and the total at the end."""
+        yield from (point for point in self.points if point.count < self.total.count)
         yield self.total
 
 
