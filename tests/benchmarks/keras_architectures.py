@@ -37,6 +37,7 @@ FIGURES = {
     "fold": "scale-relative error of the fold",
     "export": "scale-relative error of the exported file",
 }
+COLUMNS = (*FIGURES, "own statistics", "own outputs")
 OWN = {"invariance": "statistics", "fold": "outputs", "export": "outputs"}
 
 
@@ -58,9 +59,20 @@ def table(found: dict[str, dict[str, Any]]) -> Iterator[Any]:
         head = f"Keras, {len(found)} architectures, {DRAWN}"
         yield at_most(f"{head}: {what} (worst: {worst}{beside})", found[worst][figure], 1e-5)
     for name, one in found.items():
-        kept = f"; kept {one['kept']}: {one['reasons']}" if one["kept"] else ""
-        figures = ", ".join(f"{key} {one[key]:.1e}" for key in (*FIGURES, "own statistics", "own outputs"))
-        yield Row(f"Keras, {name}: folded {one['folded']} of {one['folded'] + one['kept']}{kept}", figures, "", True)
+        figures = {key: f"{one[key]:.1e}" for key in COLUMNS}
+        folded = f"{one['folded']} of {one['folded'] + one['kept']}"
+        yield Row(f"Keras, {name}", "", "", True, {"folded": folded, **figures, "kept because": one["reasons"]})
+
+
+def read(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was measured, by architecture, from the rows that ``table`` gave."""
+    found = {}
+    for row in rows:
+        if cells := row["cells"]:
+            name, (folded, total) = row["what"].removeprefix("Keras, "), map(int, cells["folded"].split(" of "))
+            counts = {"folded": folded, "kept": total - folded, "reasons": cells["kept because"]}
+            found[name] = {key: float(cells[key]) for key in COLUMNS} | counts
+    return found
 
 
 def _in_a_process(name: str) -> dict[str, Any]:

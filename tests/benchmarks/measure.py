@@ -5,17 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, the figure, and what it has to reach."""
+    """One line of a table: what was measured, the figure, and what it has to reach.
+
+    ``cells``, by column, stand in place of the figure where several things were measured of one.
+    """
 
     what: str
     figure: str
     goal: str
     reached: bool
+    cells: dict[str, str] = field(default_factory=dict)
 
 
 def at_most(what: str, value: float, bound: float, text: str = "{:.2g}") -> Row:

@@ -9,6 +9,7 @@ from pathlib import Path
 import shim
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 vision = shim.import_torchvision().models
 
@@ -63,7 +64,7 @@ def as_trained(model: nn.Module) -> nn.Module:
 def with_statistics(model: nn.Module) -> nn.Module:
     """Statistics, scales and shifts that are nowhere 0 or 1."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -1,14 +1,18 @@
-"""Time of exact recalibration against torch.optim.swa_utils.update_bn and plain eval forwards."""
+"""Time of exact recalibration against plain eval forwards and what others use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from measure import Row, at_most, medians
 from networks import vision
+from peers import PEERS
 
 import bntools
+
+RATIO = "{:.2f} x"
 
 
 def rows() -> Iterator[Row]:
@@ -26,15 +30,16 @@ def rows() -> Iterator[Row]:
 
         times = medians(
             {
-                "exact": lambda batches=batches: bntools.recalibrate(model, batches, check=False),
-                "checked": lambda batches=batches: bntools.recalibrate(model, batches),
-                "update_bn": lambda batches=batches: torch.optim.swa_utils.update_bn(batches, model),
+                "exact": partial(bntools.recalibrate, model, batches, check=False),
+                "checked": partial(bntools.recalibrate, model, batches),
                 "plain": plain,
+                **{name: partial(peer, model, batches) for name, peer in PEERS.items()},
             }
         )
         what = f"ResNet-50, 128 images of 128 px, micro-batch {size}: exact recalibration"
-        ratio = "{:.2f} x"
-        yield at_most(f"{what} / update_bn", times["exact"] / times["update_bn"], 1.0, ratio)
-        yield at_most(f"{what} / eval forward", times["exact"] / times["plain"], 1.25, ratio)
+        yield at_most(f"{what} / update_bn", times["exact"] / times["update_bn"], 1.0, RATIO)
+        for name in list(PEERS)[1:]:
+            yield Row(f"{what} / {name}", RATIO.format(times["exact"] / times[name]), "", True)
+        yield at_most(f"{what} / eval forward", times["exact"] / times["plain"], 1.25, RATIO)
         with_check = times["checked"] / times["plain"]
-        yield Row(f"{what} and check of the residual / eval forward", ratio.format(with_check), "", True)
+        yield Row(f"{what} and check of the residual / eval forward", RATIO.format(with_check), "", True)
