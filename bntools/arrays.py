@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from bntools import backends, sniff
 from bntools.errors import BntoolsError
+from bntools.files import State, state
 from bntools.reading import Reading
 
 SLACK, RATIO = 64 << 20, 200  # bytes, and how far arrays may be compressed beyond them
@@ -23,14 +24,16 @@ SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 class Arrays:
     """One array, or several by name, whose first axis counts the samples; ``order`` is that of the samples.
 
-    uint8 arrays of rank 4 hold images, and are scaled to 0..1 as a folder of images is; all others
-    are taken as they are.
+    ``file`` is that from which rows are read one batch at a time, and its state when it was opened.
+    uint8 arrays of rank 4 hold images, and are scaled to 0..1 as a folder of images is; all others are taken as they
+    are.
     """
 
     content: np.ndarray | dict[str, np.ndarray]
     reading: Reading
     order: np.ndarray
     total: int
+    file: tuple[Path, State] | None = None
 
     @property
     def samples(self) -> int:
@@ -72,8 +75,19 @@ class Arrays:
         return holds_images(self._named[name]) and self.reading.scales(name)
 
     def _taken(self, name: str, chosen: np.ndarray) -> np.ndarray:
+        self._check_unchanged()  # before, for memory mapped from a file that was cut short ends the process
         rows = self._named[name][chosen]
+        self._check_unchanged()
         return np.divide(rows, np.float32(255), dtype=np.float32) if self._scaled(name) else np.asarray(rows)
+
+    def _check_unchanged(self) -> None:
+        """Raise BntoolsError where the file that is read was written to; one that was replaced is still there to us."""
+        if self.file is None:
+            return
+        path, before = self.file
+        now = state(path)
+        if now is not None and before is not None and now[0] == before[0] and now != before:
+            raise BntoolsError(f"{path}: was changed while it was read: begin again when it is written to its end")
 
     def _normalized(self, batch: np.ndarray) -> np.ndarray:
         if not self._channels_last:
@@ -95,6 +109,7 @@ def read(path: Path, reading: Reading) -> Arrays:
     Raises BntoolsError where the file is damaged, holds anything but arrays of numbers of one length,
     or options do not fit them.
     """
+    before = state(path)
     content = _loaded(path)
     named = content if isinstance(content, dict) else {"the array": content}
     for name, array in named.items():
@@ -106,7 +121,9 @@ def read(path: Path, reading: Reading) -> Arrays:
     check_options(path, content, reading)
     total = next(iter(lengths.values()))
     order = np.random.default_rng(reading.seed).permutation(total)
-    return Arrays(content, reading, order[: reading.max_samples], total)
+    found = Arrays(content, reading, order[: reading.max_samples], total, (path, before))
+    found._check_unchanged()
+    return found if isinstance(content, np.memmap) else replace(found, file=None)
 
 
 def check_options(path: Path | str, content: Any, reading: Reading) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
@@ -172,7 +174,11 @@ def _write_safetensors(path: str, model: nn.Module, temporary: Path, origin: Ori
     if dropped := sorted(set(state) - set(plain)):
         raise BntoolsError(f"{path}: safetensors holds tensors only, not {', '.join(dropped)}; save as .pt instead")
     try:
-        safetensors.torch.save_file(plain, temporary, metadata=dict(metadata) if metadata is not None else None)
+        # It writes to a name of its own beside the one it is given, which a killed process would leave behind.
+        with TemporaryDirectory(prefix=f"{temporary.stem}.", dir=temporary.parent) as folder:
+            own = Path(folder, temporary.name)
+            safetensors.torch.save_file(plain, own, metadata=dict(metadata) if metadata is not None else None)
+            os.replace(own, temporary)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise BntoolsError(f"{path}: cannot be written as safetensors: {error}") from error
 
