@@ -20,6 +20,7 @@ BENCHMARKS = (
     "stream",
     "enough",
     "pipeline",
+    "input",
     "folding",
     "fold_peers",
     "startup",
