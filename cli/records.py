@@ -60,6 +60,7 @@ def recalibration(result: Any) -> dict[str, Any]:
         "virtual_batches": result.virtual_batches,
         "residual": result.residual,
         "standard_error": result.standard_error,
+        "convergence": result.convergence,
         "notes": list(result.notes),
         "untouched": dict(result.untouched),
         "layers": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from itertools import pairwise
 
@@ -67,3 +68,31 @@ def test_a_stream_is_not_kept(options):
     assert most[0] < 40
     assert len(result.convergence) < 25
     assert torch.isfinite(model[2].running_var).all()
+
+
+def test_enough_keeps_its_promise():
+    """A tolerance takes a small share of the samples, and the means are those of all of them to the promised error.
+
+    Over five draws the worst of all channels is within 4.5 tolerances, as the worst of so many normal numbers is, and
+    the distance in standard errors is 1 at most on average: stopping once the error is small enough does not bias it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    light = torch.randn(6000, 4, 1, generator=generator)  # what the pixels of one image have in common
+    images = light * torch.rand(4, 1, generator=generator) + torch.randn(6000, 4, 12, generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 16, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 8, 3), nn.BatchNorm1d(8))
+    everything = copy.deepcopy(model)
+    bntools.recalibrate(everything, images.split(500), check=False)
+    squares = []
+    for seed in range(5):
+        one = copy.deepcopy(model)
+        drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+        result = bntools.recalibrate(one, drawn.split(20), tolerance=0.04, check=False)
+        assert result.samples < 0.25 * len(images)
+        assert result.standard_error <= 0.04
+        assert result.convergence[-1] == (result.samples, result.standard_error)
+        for found, expected in zip(bntools.inspect(one), bntools.inspect(everything), strict=True):
+            off = np.abs(found.mean - expected.mean) / expected.std
+            assert off.max() < 4.5 * 0.04
+            squares.append((off / result.standard_error) ** 2)
+    assert np.concatenate(squares).mean() < 1

@@ -215,6 +215,13 @@ def test_recalibration_says_what_is_left():
     assert widths == ["width:100.00%", "width:0.00%"]
 
 
+def test_a_recalibration_with_a_tolerance_shows_how_its_error_fell():
+    """The curve of the standard error stands in the page where one was measured, and only there."""
+    curve = [(2, 0.5), (64, 0.1), (640, 0.03)]
+    assert "640 samples give 0.03 std" in Page(rendered(replace(recalibration(), convergence=curve))).text
+    assert "How many samples" not in Page(rendered(recalibration())).text
+
+
 def test_a_fold_draws_the_network():
     """Each BN layer stands in model order with the weights that took it up, or the reason why it is still there."""
     torch.manual_seed(0)
