@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench torchrun matrix supply clean
+.PHONY: demo test lint bench fuzz torchrun matrix supply faults clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/bntools demo
@@ -33,6 +33,9 @@ matrix: $(VENV)/test.ready
 # What an installation brings: packages, megabytes, licences.
 supply: $(VENV)/test.ready
 	$(BIN)/python tests/trust/supply.py
+
+faults: $(VENV)/test.ready
+	$(BIN)/python tests/trust/faults.py
 
 $(VENV)/%.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

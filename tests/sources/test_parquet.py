@@ -153,3 +153,20 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "bntools.sources.parquet")
     with pytest.raises(BntoolsError, match=r"needs the package 'pyarrow.*: pip install 'bntools\[parquet\]'"):
         data.open(path)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A column name in the footer that is not UTF-8 is damage, wherever it stands."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"pixels": pa.array([[1.0, 2.0]] * 4, pa.list_(pa.float32(), 2))}), path)
+    whole = path.read_bytes()
+    places = [at for at in range(len(whole)) if whole.startswith(b"pixels", at)]
+    assert len(places) > 1
+    refused = 0
+    for at in places:
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        try:
+            data.open(path)
+        except BntoolsError:
+            refused += 1
+    assert refused

@@ -30,6 +30,7 @@ NOTES = "bntools"  # the key of our notes in the comment of an archive, and the 
 MOST_NOTES = 65535  # bytes in the comment of a zip archive
 SLACK = 64 << 20  # bytes: below this nothing is called a bomb
 RATIO = 8  # float weights hardly compress, and Keras does not even try
+LONGEST = 1 << 20  # bytes of JSON beyond the size of the file
 DAMAGES = (  # what zipfile and h5py raise for bytes that are not as they should be
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError,
     RuntimeError, ValueError, KeyError, TypeError,
@@ -113,13 +114,12 @@ def dataset(group: Any, name: str) -> h5py.Dataset:
 
 def check_datasets(path: str, file: h5py.File) -> None:
     """Refuse what no honest file has: links out of it, and arrays that claim to be far larger than what is stored."""
-    claimed = stored = 0
-    for name, one in _datasets(path, file):
+    claimed = 0
+    for name, one in _datasets(path, file, {file["/"]}):
         if one.external or one.is_virtual:
             raise BntoolsError(f"{path}: its array {name} lies in another file, which Keras does not write: not read")
-        claimed += math.prod(one.shape or ()) * one.dtype.itemsize
-        stored += one.id.get_storage_size()
-    _check_size(path, claimed, stored)
+        claimed += math.prod(one.shape or ()) * one.dtype.itemsize  # under each of its names
+    _check_size(path, claimed, os.path.getsize(path))
 
 
 def comment(updates: Mapping[str, int]) -> bytes:
@@ -154,8 +154,8 @@ def _read_archive(path: str) -> Contents:
                 f"{path}: a zip archive, but no Keras model: it holds {', '.join(sorted(names)[:4]) or 'nothing'}; "
                 f"expected {CONFIG} and {WEIGHTS}, as model.save writes them"
             )
-        config = _object(path, CONFIG, archive.read(CONFIG))
-        metadata = _object(path, METADATA, archive.read(METADATA)) if METADATA in names else {}
+        config = _object(path, CONFIG, _text(path, archive, CONFIG))
+        metadata = _object(path, METADATA, _text(path, archive, METADATA)) if METADATA in names else {}
         updates = notes(archive.comment)
     if WEIGHTS in names:
         with weights(path) as file:
@@ -164,6 +164,16 @@ def _read_archive(path: str) -> Contents:
     return Contents(
         path, "archive", config, config.get("compile_config"), version if isinstance(version, str) else "", updates
     )
+
+
+def _text(path: str, archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member that is read as JSON, each byte of which may take a hundred in memory."""
+    size, actual = archive.getinfo(name).file_size, os.path.getsize(path)
+    if size > actual + LONGEST:
+        raise BntoolsError(
+            f"{path}: its {name} claims to unpack to {size:,} bytes, and the file has {actual:,}: not read"
+        )
+    return archive.read(name)
 
 
 def _check_members(path: str, archive: zipfile.ZipFile) -> None:
@@ -180,15 +190,18 @@ def _check_size(path: str, claimed: int, stored: int) -> None:
         )
 
 
-def _datasets(path: str, group: Any, prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
+def _datasets(path: str, group: Any, seen: set[Any], prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
     for name in group:
         if isinstance(group.get(name, getlink=True), (h5py.SoftLink, h5py.ExternalLink)):
             raise BntoolsError(f"{path}: its entry {prefix}{name} is a link, which Keras does not write: not read")
         one = group[name]
         if isinstance(one, h5py.Dataset):
             yield f"{prefix}{name}", one
-        elif isinstance(one, h5py.Group) and prefix.count("/") < 100:  # hard links can form a loop
-            yield from _datasets(path, one, f"{prefix}{name}/")
+        elif isinstance(one, h5py.Group) and one not in seen:  # hard links can form a loop
+            seen.add(one)
+            yield from _datasets(path, one, seen, f"{prefix}{name}/")
+        elif isinstance(one, h5py.Group):
+            raise BntoolsError(f"{path}: its group {prefix}{name} stands in two places, as Keras writes none: not read")
         else:
             raise BntoolsError(f"{path}: its entry {prefix}{name} is no array or group: not read")
 

@@ -22,7 +22,7 @@ _PURE = """Abs Add Cast CastLike Ceil Concat ConstantOfShape Div Exp Expand Flat
     Neg Pow Range Reciprocal ReduceProd Reshape Shape Size Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze"""
 PURE = frozenset(_PURE.split())
 CONSTANTS = ("value", "value_float", "value_int", "value_floats", "value_ints")  # attributes of Constant, tensors
-MOST = 1 << 24  # values; no exporter leaves a larger constant to be made from smaller ones
+MOST = 1 << 22  # values; no exporter leaves a larger constant to be made from smaller ones
 FIRST_IR_WITH_CONSTANT_INITIALIZERS = 4  # before, every initializer had to be listed as an input of the graph as well
 
 

@@ -17,6 +17,7 @@ from bntools.layer import BatchNorm, Stats
 
 OP = "BatchNormalization"
 EPS, MOMENTUM = 1e-5, 0.9  # the operator's defaults in every opset
+MOST = 1 << 22  # channels of all layers together; nodes may share a constant, and a few bytes make one of millions
 SCALE, SHIFT, MEAN, VAR = 1, 2, 3, 4  # places among its inputs
 
 
@@ -37,7 +38,14 @@ def layers(model: Any) -> list[BatchNorm]:
     node or by its output: the first of these that only this layer has.
     """
     document = opened(model)
-    return [_record(document, one) for one in found(document)]
+    records = []
+    total = 0
+    for one in found(document):
+        records.append(_record(document, one))
+        total += records[-1].features
+        if total > MOST:
+            raise BntoolsError(f"{document.name}: its layers have more than {MOST:,} channels in all: not read")
+    return records
 
 
 def found(document: Document) -> list[Found]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-from bntools.backends.torch.pickles import check_sizes
+from bntools.backends.torch.pickles import check_sizes, check_text, scanned
 from bntools.errors import BntoolsError
 
 NAME = re.compile(r"[\w.+\-/#:]*")
@@ -58,7 +58,7 @@ def check(path: str) -> None:
     try:
         reader = torch._C.PyTorchFileReader(path)
         for name in reader.get_all_records():
-            if problem := _problem(name, reader):
+            if problem := _problem(path, name, reader):
                 raise BntoolsError(f"{path}: not loaded, because {problem}; export the model again and save that")
     except (RuntimeError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         # Its JSON may be anything: what is not where it belongs means the same as what is cut off.
@@ -66,23 +66,30 @@ def check(path: str) -> None:
         raise BntoolsError(f"{path}: damaged or truncated: {said}") from error
 
 
-def _problem(name: str, reader: Any) -> str | None:
+def _problem(path: str, name: str, reader: Any) -> str | None:
     """What is wrong with one record of the archive."""
     if name.startswith("data/aotinductor/"):
         return f"it holds compiled code ({name})"
     if name.endswith(".pt"):
-        return _pickle_problem(name, reader.get_record(name))
+        return _pickle_problem(path, name, reader.get_record(name))
     if name.endswith("_config.json"):
-        return _payload_problem(json.loads(reader.get_record(name)))
+        return _payload_problem(_json(path, name, reader))
     if name.startswith("models/"):
-        return next(_program_problems(json.loads(reader.get_record(name)), ""), None)
+        return next(_program_problems(_json(path, name, reader), ""), None)
     return None
 
 
-def _pickle_problem(name: str, data: bytes) -> str | None:
+def _json(path: str, name: str, reader: Any) -> Any:
+    content = reader.get_record(name)
+    check_text(path, name, content)
+    return json.loads(content)
+
+
+def _pickle_problem(path: str, name: str, data: bytes) -> str | None:
     if not data:
         return None
     try:
+        scanned(path, io.BytesIO(data))
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # Whatever it is: what the restricted unpickler does not take, torch.export.load would execute.

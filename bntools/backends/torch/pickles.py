@@ -39,7 +39,7 @@ DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct
 LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 LEGACY_PICKLES = 4  # one after the other: the magic number, the protocol, facts of the system, the object
 SLACK = 64 << 20  # bytes: below this no archive is called a bomb
-LONGEST_PICKLE = 1 << 20  # bytes beyond the size of the file; torch.save does not compress it
+LONGEST_TEXT = 1 << 20  # bytes beyond the size of the file; torch.save does not compress them
 RATIO = 8  # float weights hardly compress, and torch.save does not even try
 
 
@@ -95,18 +95,33 @@ def _check_claim(path: str, actual: int, claimed: int) -> None:
         )
 
 
-def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
+def scanned(path: str, file: BinaryIO) -> opcodes.Scan:
+    """What the pickle in an archive would do. Raises BntoolsError where the archive or the pickle is damaged or a bomb.
+
+    To be called before PyTorch reads it: its restricted unpickler runs nothing, but does not look at sizes and depths.
+    """
     check_sizes(path, file)
     try:
         # The reader that torch.load uses: another zip library may see another data.pkl in a crafted file.
-        reader = torch._C.PyTorchFileReader(file)
-        content = reader.get_record("data.pkl")
-        if len(content) > os.path.getsize(path) + LONGEST_PICKLE:
-            raise BntoolsError(f"{path}: a pickle that claims to unpack to {len(content):,} bytes: not read")
-        scan = opcodes.scan(content)
-        file.seek(0)
+        content = torch._C.PyTorchFileReader(file).get_record("data.pkl")
+        check_text(path, "data.pkl", content)
+        return opcodes.scan(content)
+    except (opcodes.Unreadable, RuntimeError, ValueError) as error:
+        raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
+
+
+def check_text(path: str, name: str, content: bytes) -> None:
+    """Refuse a pickle or JSON that is far larger than its file: each of its bytes may take a hundred in memory."""
+    if len(content) > os.path.getsize(path) + LONGEST_TEXT:
+        raise BntoolsError(f"{path}: its {name} claims to unpack to {len(content):,} bytes: not read")
+
+
+def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
+    scan = scanned(path, file)
+    file.seek(0)
+    try:
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except (opcodes.Unreadable, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
     file.seek(0)
     names = sorted(pair for pair in scan.names if ".".join(pair) in foreign)

@@ -136,6 +136,15 @@ def test_a_config_that_is_nested_without_end(tmp_path, members, watch):
             bntools.load(written(tmp_path / "model.keras", members, **{"config.json": text}))
 
 
+def test_a_config_that_unpacks_to_far_more(tmp_path, members):
+    """A config far larger than its file is not parsed: a byte of JSON may take a hundred in memory."""
+    with zipfile.ZipFile(tmp_path / "model.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (members | {"config.json": b"[" + b"[]," * (1 << 20) + b"[]]"}).items():
+            archive.writestr(name, content)
+    with pytest.raises(BntoolsError, match="claims to unpack"):
+        bntools.load(tmp_path / "model.keras")
+
+
 def bent(members, bend):
     """The weights of the archive after a change to the HDF5 file inside."""
     buffer = io.BytesIO(members["model.weights.h5"])
@@ -174,6 +183,12 @@ def _compressed(file):
     file.create_dataset(MEAN, data=np.zeros(1 << 25, "<f4"), compression="gzip", compression_opts=1)
 
 
+def _named_often(file):
+    file["many"] = np.zeros(1 << 16, "<f4")
+    for number in range(2000):
+        file[f"many{number}"] = file["many"]
+
+
 BENT = {
     "an external link": lambda file: _replace(file, MEAN, h5py.ExternalLink("canary.h5", "x")),
     "a soft link": lambda file: _replace(file, MEAN, h5py.SoftLink("/layers/dense/vars/0")),
@@ -183,6 +198,8 @@ BENT = {
     "a claim of terabytes": _claimed,
     "zeros, compressed": _compressed,
     "a loop of groups": lambda file: file["layers"].__setitem__("again", file["/"]),
+    "two loops of groups": lambda file: [file["layers"].__setitem__(name, file["layers"]) for name in ("a", "b")],
+    "an array under many names": _named_often,
 }
 
 

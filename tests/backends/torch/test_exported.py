@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import warnings
 import zipfile
@@ -197,14 +198,14 @@ def test_truncated_programs(tmp_path, model, cut):
         bntools.load(path)
 
 
-def rewritten(path, change) -> None:
+def rewritten(path, change, method=zipfile.ZIP_STORED) -> None:
     """Apply ``change(name, content)`` to each record of a program file; None as name adds records."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     root = next(iter(records)).split("/")[0]
     records = {name: change(name.removeprefix(root + "/"), content) for name, content in records.items()}
     records |= {f"{root}/{name}": content for name, content in (change(None, b"") or {}).items()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in records.items():
             archive.writestr(name, content)
 
@@ -298,6 +299,23 @@ def test_hostile_programs_are_never_executed(tmp_path, model, monkeypatch, attac
     with pytest.raises(BntoolsError, match="not loaded, because"):
         bntools.load(path)
     assert not (tmp_path / "created").exists()
+
+
+def test_bombs_in_programs(tmp_path, model):
+    """A pickle in a program that takes the stack, and JSON far larger than its file, are refused unread."""
+    deep = io.BytesIO()
+    with zipfile.ZipFile(deep, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}N" + b"\x85" * 120_000 + b"Ns.")
+        archive.writestr("a/version", "3\n")
+    path = exported(model, tmp_path / "a.pt2")
+    rewritten(path, lambda name, content: deep.getvalue() if name == "data/sample_inputs/model.pt" else content)
+    with pytest.raises(BntoolsError, match="deep"):
+        bntools.load(path)
+    text = b"[" + b"[]," * (1 << 20) + b"[]]"
+    path = exported(model, tmp_path / "b.pt2")
+    rewritten(path, lambda name, content: text if name == "models/model.json" else content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(BntoolsError, match="claims to unpack"):
+        bntools.load(path)
 
 
 @pytest.mark.filterwarnings("ignore::Warning")  # whatever PyTorch says while it is being attacked
