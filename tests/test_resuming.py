@@ -17,6 +17,7 @@ from PIL import Image
 
 import bntools
 from bntools import BntoolsError, data, images, resuming
+from bntools.backends.keras import feeding
 
 DATA = (np.random.default_rng(0).standard_normal((48, 3, 10, 10)) * 2 + 1).astype(np.float32)
 BATCHES = [DATA[i : i + 7] for i in range(0, len(DATA), 7)]
@@ -270,3 +271,12 @@ def test_images_before_the_place_are_not_decoded_again(damaged, tmp_path, monkey
     assert len(decoded) > 35 if damaged else len(decoded) < 15
     assert len(resumed[-1]["skipped"]) == damaged
     assert resumed == expected
+
+
+def test_batches_keep_their_numbers(tmp_path):
+    """Behind the place where a Keras run goes on, its batches are counted as from the beginning."""
+    np.save(tmp_path / "x.npy", DATA[:40].transpose(0, 2, 3, 1))
+    feed = feeding.Feed(None, data.open(tmp_path / "x.npy", batch_size=4), limited=False)
+    rest, before = feed.batches_after(12)
+    next(rest), next(rest)
+    assert (before, feed.place, feed.read) == (3, 4, 5)

@@ -39,8 +39,11 @@ class Feed:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, small ones together where that was asked for."""
+        return self._joining(self._each(self._batches, 0))
+
+    def _joining(self, contents: Iterator[Any]) -> Iterator[Any]:
         group: list[Any] = []
-        for content in self._each():
+        for content in contents:
             if group and not _fit_together(group, content):
                 yield self._together(group, self.read - 1)
                 group = []
@@ -68,16 +71,18 @@ class Feed:
         if found is None:
             return None
         batches, before = found
-        rest = Feed(self._model, batches, self._limited, self._whole, self._joined)
-        return iter(rest), before
+        return self._joining(self._each(batches, before)), before
 
-    def _each(self) -> Iterator[Any]:
-        """The batches as they come. Raises BntoolsError for data that never ends or ends before it said it would."""
-        announced = _length(self._batches)
+    def _each(self, batches: Any, before: int) -> Iterator[Any]:
+        """The batches as they come, ``before`` of which came before.
+
+        Raises BntoolsError for data that never ends or ends before it said it would.
+        """
+        announced = _length(batches)
         if announced == np.inf and not self._limited:
             raise BntoolsError(_endless("the data never ends"))
-        self.read = seen = 0
-        for batch in _items(self._batches, announced):
+        self.read, seen = before, 0
+        for batch in _items(batches, announced):
             content = batch if self._whole else canonical(self._model, batch)
             self.read += 1
             if announced is None and not self._limited:
