@@ -217,6 +217,10 @@ def _place(path: str | os.PathLike[str], temporary: Path, target: Path, overwrit
             raise
         except OSError:  # a file system without second names: an empty file holds the place
             os.close(os.open(target, os.O_CREAT | os.O_EXCL))
-            os.replace(temporary, target)
+            try:
+                os.replace(temporary, target)
+            except BaseException:
+                target.unlink()
+                raise
     except FileExistsError as error:
         raise taken(path) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def test_the_record_says_what_was_done(run, desk):
     run("recalibrate model.pt data/ --seed 3 --max-samples 30")
     record = json.loads(Path("model.recalibrated.json").read_text())
     assert record["bntools"] == bntools.__version__
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     assert record["command"] == "bntools recalibrate model.pt data/ --seed 3 --max-samples 30"
     digest = hashlib.sha256(Path("model.pt").read_bytes()).hexdigest()
     assert record["source"] == {"file": "model.pt", "sha256": digest}
@@ -154,21 +156,28 @@ def test_existing_outputs_need_force(run, refused, desk):
     assert run("recalibrate model.pt data/ --force").status == 0
 
 
+def no_second_names(source, target):
+    """A file system without second names."""
+    raise OSError(95, "Operation not supported")
+
+
 @pytest.mark.parametrize("in_place", ["", "--in-place"])
 @pytest.mark.parametrize("broken", ["record", "model"])
 def test_both_files_or_neither(refused, desk, monkeypatch, broken, in_place):
     """If the model or its record cannot be written, neither is, and a replaced file is back."""
     ending = ".json" if broken == "record" else ".pt"
-    replace = os.replace
+    healing: list[str] = []
 
-    def full(source, target):
+    def full(step, source, target):
         if str(target).endswith(ending) and not healing:
             healing.append(target)
             raise OSError(28, "No space left on device")
-        return replace(source, target)
+        return step(source, target)
 
-    healing: list[str] = []
-    monkeypatch.setattr(os, "replace", full)
+    # A new file gets its name by the one, a replaced file by the other, to which a failing link also turns.
+    monkeypatch.setattr(os, "replace", partial(full, os.replace))
+    if not in_place:
+        monkeypatch.setattr(os, "link", no_second_names)
     assert "No space left on device" in refused(f"recalibrate model.pt data/ {in_place}")
     assert healing
 
