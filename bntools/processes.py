@@ -44,7 +44,8 @@ class LostError(BntoolsError):
 class Group:
     """The processes that work together; without ``peers`` this one alone, at no cost.
 
-    ``patience`` is how many seconds to wait until all have come together, None where that is known.
+    ``patience`` is how many seconds to wait until all have come together. It is None where they were started together
+    and end together: then nobody has to be told of a failure either, which would wait for what the others do.
     """
 
     def __init__(self, peers: Peers | None = None, patience: float | None = None):
@@ -87,22 +88,15 @@ class Group:
         try:
             self._meet(self._peers)
             yield
-        except BaseException as error:
-            self.fail(error)
+        except Exception as error:
+            if not self._over and self._patience is not None:
+                self._tell(error)
             raise
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others, who wait for this process, that it has failed."""
-        if self._peers is None or self._over:
-            return
+    def _tell(self, error: Exception) -> None:
         text = str(error) if isinstance(error, BntoolsError) else said(error)
         with suppress(LostError):  # nobody is left to be told
             self._exchange((" ".join(text.split()), None))
-        self._over = True
-
-    def dismiss(self) -> None:
-        """Nothing will be exchanged any more: none of them waits for another, whatever happens to it."""
-        self._over = True
 
     def dead(self) -> str:
         """The processes of this machine that have ended, in words; empty if there is none."""

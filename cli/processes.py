@@ -49,11 +49,10 @@ class Joined:
         return lambda what, done, total: report(what, done, total if total is None else -(-total // size))
 
     def agreed(self, batches: Any) -> dict[str, Any]:
-        """The spec of the data that all have read; from here on nobody waits for another."""
+        """The spec of the data that all have read; they wait for one another here the last time."""
         spec: dict[str, Any] = batches.spec
         own = spec.get("skipped", [])
         skipped = [file for files in self.group.gather(own) for file in files]
-        self.group.dismiss()
         if self.group.size == 1 or not skipped:
             return spec
         unique = {str(file): file for file in skipped}
@@ -104,7 +103,7 @@ def joined(model: Path, device: str | None) -> Iterator[Joined]:
     the block fails on one of them, all end: one with the message, the others with its status alone.
     """
     from bntools import backends
-    from bntools.processes import Group, PeerError
+    from bntools.processes import Group
 
     _, count = place()
     if count == 1:
@@ -124,7 +123,7 @@ def joined(model: Path, device: str | None) -> Iterator[Joined]:
     except (click.exceptions.Exit, SystemExit):
         raise
     except BaseException as error:
-        if isinstance(error, PeerError) or not ranks.is_first("voice"):
+        if not ranks.is_first("voice"):
             raise click.exceptions.Exit(_status(error)) from error
         with _heard():
             if isinstance(error, Terminated) and (dead := group.dead()):

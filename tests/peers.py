@@ -35,7 +35,7 @@ def together(size, work):
 
     def run(rank):
         try:
-            return work(Group(Thread(rank, places, barrier)))
+            return work(Group(Thread(rank, places, barrier), patience=60))
         except Exception as error:
             return error
 

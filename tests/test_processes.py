@@ -245,7 +245,7 @@ def test_processes_of_gloo(tmp_path):
         for rank in range(3)
     ]
     try:
-        said = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+        said = [json.loads(worker.communicate(timeout=240)[0]) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

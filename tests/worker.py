@@ -24,7 +24,7 @@ def begin(port):
     """A process group of gloo."""
     address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group(
-        "gloo", init_method=address, rank=RANK, world_size=COUNT, timeout=timedelta(seconds=60)
+        "gloo", init_method=address, rank=RANK, world_size=COUNT, timeout=timedelta(seconds=240)
     )
 
 
@@ -67,7 +67,7 @@ begin(PORTS[0])
 found["ddp"] = recalibrated(list(share.split(4)) if len(share) else [])
 processes.PATIENCE = 0.5
 if RANK == 2:
-    distributed.distributed_c10d._get_default_store().wait(["given up"], timedelta(seconds=60))
+    distributed.distributed_c10d._get_default_store().wait(["given up"], timedelta(seconds=240))
 found["absent"] = recalibrated([share], wrap=False)
 distributed.distributed_c10d._get_default_store().set("given up", "")
 distributed.barrier()
