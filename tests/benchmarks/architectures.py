@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import shim
 import timm
-from networks import vision
 from torch import nn
 
+vision = shim.import_torchvision().models
 segmentation = vision.segmentation
 PIXELS = {"Inception v3": 96, "LeViT-128S": 224, "EfficientFormer-L1": 224}  # 64 for the others
 
@@ -21,7 +22,6 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": vision.resnet18,
     "ResNet-50": vision.resnet50,
     "ResNeXt-50": vision.resnext50_32x4d,
-    "VGG-11": vision.vgg11_bn,
     "DenseNet-121": vision.densenet121,
     "GoogLeNet": partial(vision.googlenet, init_weights=False),
     "Inception v3": partial(vision.inception_v3, init_weights=False),
