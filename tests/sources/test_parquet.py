@@ -170,3 +170,14 @@ def test_names_that_are_no_text(tmp_path):
         except BntoolsError:
             refused += 1
     assert refused
+
+
+def test_metadata_at_which_pyarrow_gives_up(tmp_path):
+    """A schema that contradicts the statistics of a column is refused; asked for that column, pyarrow 26 aborts."""
+    path = write(tmp_path / "x.parquet", x=[1.0, 2.0])
+    whole = path.read_bytes()
+    optional, required = (b"\x25" + kind + b"\x18\x01x" for kind in (b"\x02", b"\x00"))  # in Thrift's compact protocol
+    assert whole.count(optional) == 1
+    path.write_bytes(whole.replace(optional, required))
+    with pytest.raises(BntoolsError, match="Parquet"):
+        data.open(path)

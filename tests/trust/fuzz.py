@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,8 +100,9 @@ def worker(readers: list[str], start: int, stop: int, keep: Path) -> tuple[list[
     """The outcomes of one worker process, the last input that it began, and how it died if it did."""
     receiving, sending = os.pipe()
     command = [sys.executable, __file__, *readers, "--keep", str(keep), "--worker", str(start), str(stop), str(sending)]
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, pass_fds=[sending], stdout=errors, stderr=errors)
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory(prefix="bntools-fuzz-") as place:
+        environment = os.environ | {"TMPDIR": place}
+        process = subprocess.Popen(command, pass_fds=[sending], stdout=errors, stderr=errors, env=environment)
         os.close(sending)
         outcomes, last = [], start - 1
         with os.fdopen(receiving) as channel:
@@ -112,6 +114,9 @@ def worker(readers: list[str], start: int, stop: int, keep: Path) -> tuple[list[
         code = process.wait()
         errors.seek(0)
         told = errors.read().decode("utf-8", "replace")
+        if code:  # what it was reading is still there
+            for found in Path(place).rglob("input.*"):
+                shutil.copyfile(found, keep / f"{found.parent.name}-{last}{found.suffix}")
     if code == 0:
         return outcomes, last, ""
     if last < start:

@@ -67,6 +67,7 @@ def record(layer: Facts) -> BatchNorm:
     frozen = not layer.trainable or layer.keeps_stats
     updates = layer.frozen_steps if frozen else layer.steps
     momentum = layer.momentum
+    sound = 0 <= momentum <= 1 and (updates or 0) >= 0  # a file may hold any numbers
     return BatchNorm(
         name=layer.name,
         kind=layer.kind,
@@ -81,7 +82,7 @@ def record(layer: Facts) -> BatchNorm:
         updates=updates,
         stats_frozen=frozen,
         affine_frozen=not layer.trains,
-        initial_share=momentum**updates if updates is not None and (updates or momentum < 1) else None,
+        initial_share=momentum**updates if updates is not None and sound and (updates or momentum < 1) else None,
         initial=layer.initial,
         doubt="" if layer.counted else DOUBT,
         forgets_after=math.ceil(math.log(SMALL_SHARE) / math.log(momentum)) if 0 < momentum < 1 else 0,

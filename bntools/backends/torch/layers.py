@@ -184,7 +184,7 @@ def _remarks(module: Any, momentum: float | None) -> Iterator[str]:
 
 def _initial_share(momentum: float | None, updates: int | None) -> float | None:
     """PyTorch's momentum is the weight of the new value, so (1 - momentum) ** updates is left."""
-    if updates is None or (not momentum and updates == 0) or momentum == 0:
+    if updates is None or updates < 0 or (not momentum and updates == 0) or momentum == 0:
         return None
     return 0.0 if momentum is None else (1 - momentum) ** updates
 

@@ -262,3 +262,12 @@ def test_a_pickle_that_unpacks_to_megabytes(tmp_path):
     archive(tmp_path / "model.pt", b"\x80\x02" + b"N" * (8 << 20) + b".")
     with pytest.raises(BntoolsError, match="claims to unpack"):
         bntools.load(tmp_path / "model.pt")
+
+
+def test_a_counter_that_never_was(tmp_path):
+    """A negative number of updates, as a damaged state dict may have it, tells nothing of what is left of the start."""
+    state = nn.BatchNorm1d(2).state_dict()
+    state["num_batches_tracked"].fill_(-(1 << 62))
+    torch.save(state, tmp_path / "state.pt")
+    (layer,) = bntools.inspect(bntools.load(tmp_path / "state.pt", arch=lambda: nn.BatchNorm1d(2)))
+    assert layer.initial_share is None
