@@ -54,7 +54,7 @@ def rows() -> Iterator[Row]:
         passes = f", {many[2]:,.0f} virtual batches" if method == "exact" else ""
         what = f"{MANY:,} generated images of {SIZE} px, {words}: peak / that of {FEW:,} ({few[0] / 2**20:.0f} MiB)"
         what += f" ({MANY / many[1]:,.0f}/s{passes})"
-        yield at_most(what, many[0] / few[0], 1.02, "{:.3f} x")
+        yield at_most(what, many[0] / few[0], 1.05, "{:.3f} x")  # the same run twice differs by some percent
 
 
 def _run(samples: int, method: str, more: dict[str, float]) -> tuple[float, ...]:
