@@ -421,7 +421,8 @@ def test_kinds_of_models(tmp_path, model, example):
     """Recurrent models, with dropout, in half precision, wrapped, without BN or only under no_grad are exported."""
     check = bntools.export(model, tmp_path / "m.onnx", example)
     assert check.passed
-    assert check.exporter == "dynamo"
+    # that of PyTorch 2.9 cannot take nn.LSTM
+    assert check.exporter == "dynamo" or isinstance(model, Recurrent)
     assert check.error < (5e-3 if next(model.parameters()).dtype == torch.float16 else 2e-6)
 
 

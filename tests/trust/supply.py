@@ -69,7 +69,7 @@ USED = (
     "fold model.recalibrated.{0} x.npy -o folded.{0}",
     "diff model.{0} folded.{0}",
 )
-EXPORTED = "fold --export folded.onnx model.{0} x.npy"  # works with the extra onnx, and names it without
+EXPORTED = "fold --export exported.onnx model.{0} x.npy"  # works with the extra onnx, and names it without
 
 
 def main() -> int:
@@ -84,10 +84,10 @@ def main() -> int:
             python = environments.make(
                 folder / (extra or "bare"), sys.executable, f"{wheel}{called[7:]}", "-c", str(ROOT / "constraints.txt")
             )
-            found = json.loads(_run(python, "-c", INSTALLED).stdout)
+            found = json.loads(_run(python, "-I", "-c", INSTALLED).stdout)
             size = {name: count / 1e6 for name, _, count in found}
             rows.append(f"| `{called}` | {len(found)} | {sum(size.values()):,.0f} | {size['bntools']:.1f} |")
-            problems += _use(python, extra, folder / f"used-{extra}")
+            problems += _use(python, extra, folder / "used")
     print("\n".join([*rows, "", *_licences(found), "", *(problems or ["every command did as it should"])]))
     return bool(problems)
 
@@ -104,7 +104,6 @@ def _built(folder: Path) -> Path:
 
 def _use(python: Path, extra: str, folder: Path) -> list[str]:
     """Type commands as somebody would who has this extra only; what did not go as it should."""
-    folder.mkdir()
     problems = []
 
     def typed(line: str, lacks: str | None = None) -> None:
@@ -113,23 +112,20 @@ def _use(python: Path, extra: str, folder: Path) -> list[str]:
         if done.returncode != bool(lacks) or (lacks and named not in done.stderr) or "Traceback" in done.stderr:
             problems.append(f"[{extra}] bntools {line}: status {done.returncode}: {done.stderr[-300:]}")
 
-    typed("--help")
-    have = {"all": set(MADE)}.get(extra, {extra})
     for kind, code in MADE.items():
+        folder = folder.with_name(f"used-{extra}-{kind}")
+        folder.mkdir()
+        typed("--help")
+        made = _run(python, "-c", code, cwd=folder)
         suffix = SUFFIX[kind]
-        if kind not in have:
-            (folder / f"model.{suffix}").write_bytes(b"a model")
-            (folder / "x.npy").touch()
-            typed(f"inspect model.{suffix}", lacks=kind)
+        if extra not in (kind, "all"):
+            if made.returncode:  # its framework is not there; onnx is, without its extra, where Keras is
+                (folder / f"model.{suffix}").write_bytes(b"a model")
             typed(f"recalibrate model.{suffix} x.npy", lacks=kind)
             continue
-        made = _run(python, "-c", code, cwd=folder)
-        problems += [made.stderr] if made.returncode else []
         for line in USED:
             typed(line.format(suffix))
-        typed(EXPORTED.format(suffix), lacks=None if "onnx" in have else "onnx")
-        for path in folder.glob("folded.*"):
-            path.unlink()
+        typed(EXPORTED.format(suffix), lacks=None if extra in ("onnx", "all") else "onnx")
     return problems
 
 
