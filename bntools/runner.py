@@ -38,7 +38,7 @@ class Runner:
     graph optimizations, "off" or "default", None where there is no such thing. ``dtype`` is the least
     precise floating dtype among the model's weights, inputs and outputs. ``placed()`` says, after a run, how
     many nodes each provider ran; empty where that is not known. ``class_axis`` is where its outputs have their
-    classes. ``notes`` should be said with any result.
+    classes. ``notes`` should be said with any result, ``where`` with a bad one.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Runner:
     placed: Callable[[], Mapping[str, int]] = dict
     class_axis: int = 1
     notes: tuple[str, ...] = ()
+    where: str = ""
 
 
 PRECISION = ("float64", "float32", "float16", "bfloat16")  # most precise first

@@ -112,6 +112,7 @@ class Trial:
         worst = float("inf") if self.reason else max((output.error for output in outputs), default=0.0)
         agreements = [output.agreement for output in outputs if output.agreement is not None]
         reason = self.reason or _reason(outputs, tolerance)
+        reason = f"{reason} {self.runner.where}" if reason and self.runner.where else reason
         remarks = [comparison.note for comparison in self.comparisons if comparison.note]
         placed = dict(self.runner.placed())
         return Verification(

@@ -18,12 +18,12 @@ from weakref import WeakKeyDictionary
 import keras
 from keras import tree
 
+from bntools.backends.keras import slopes
 from bntools.backends.keras.calls import functional, nodes_of
 from bntools.backends.keras.naming import inside, named
 
 TRACE_AFTER = 2  # batches of one shape
 SHAPES = 8  # of which a segment is kept compiled
-DEFAULT_SLOPE = 0.2  # of TensorFlow's LeakyRelu
 DEPTH = 4  # of containers in a layer's attributes that are looked into
 STOCK = ("keras.", "bntools.")
 
@@ -170,17 +170,7 @@ def _function(segment: Segment, given: list[Any], call: Callable[[Any], Any]) ->
         function = tf.function(body, autograph=False).get_concrete_function(*specs)
     except Exception:  # code that needs values, which run eagerly it has
         return None
-    return function if plain and not _has_a_slope(function.graph) else None
-
-
-def _has_a_slope(graph: Any) -> bool:
-    """Whether a leaky activation has another slope than the operator's default.
-
-    Behind a convolution and a sum, TensorFlow's graph optimizer takes the default for it, where it uses oneDNN (seen in
-    2.21): what is compiled, ``predict`` too, then differs from what the model computes as it is written.
-    """
-    slopes = [one.get_attr("alpha") for one in graph.get_operations() if one.type == "LeakyRelu"]
-    return any(abs(slope - DEFAULT_SLOPE) > 1e-6 for slope in slopes)
+    return function if plain and not slopes.lost_in(function.graph) else None
 
 
 def _is_plain(x: Any) -> bool:

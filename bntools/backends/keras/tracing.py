@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import keras
 from keras import tree
 
+from bntools.backends.keras import slopes
+from bntools.backends.keras.feeding import canonical
 from bntools.backends.keras.naming import named
-from bntools.backends.keras.running import Forward, call, predict, to_numpy
+from bntools.backends.keras.running import Forward, call, invoke, predict, to_numpy
 from bntools.backends.keras.state import attributes_set, eagerly, variables_kept
 from bntools.batches import shapes_of
 from bntools.errors import BntoolsError
@@ -21,9 +24,10 @@ from bntools.runner import Outputs, Runner, Trace, least_precise
 
 
 def runners(model: keras.Model, providers: Sequence[str] = ("cpu",), forward: Forward | None = None) -> list[Runner]:
-    """The one way to run a Keras model: with ``training=False``, where its variables are, without TF32.
+    """The way to run a Keras model: with ``training=False``, where its variables are, without TF32.
 
-    Raises BntoolsError where another provider than "cpu" is asked for: providers are ONNX Runtime's.
+    And compiled, as ``predict`` runs it, where TensorFlow is known to make something else of such a model then. Raises
+    BntoolsError where another provider than "cpu" is asked for: providers are ONNX Runtime's.
     """
     if list([providers] if isinstance(providers, str) else providers) != ["cpu"]:
         raise BntoolsError(
@@ -32,18 +36,26 @@ def runners(model: keras.Model, providers: Sequence[str] = ("cpu",), forward: Fo
         )
     layers = named(model).values()
     dtypes = {one.compute_dtype for one in layers if one.variables} | {v.dtype for v in model.variables}
-    return [
-        Runner(
-            name=type(model).__name__,
-            framework="keras",
-            provider=_device(model),
-            optimization=None,
-            dtype=least_precise({keras.backend.standardize_dtype(dtype) for dtype in dtypes}),
-            run=partial(_run, model, forward),
-            trace=partial(trace, model, forward),
-            class_axis=-1,
-        )
-    ]
+    runner = Runner(
+        name=type(model).__name__,
+        framework="keras",
+        provider=_device(model),
+        optimization=None,
+        dtype=least_precise({keras.backend.standardize_dtype(dtype) for dtype in dtypes}),
+        run=partial(_run, model, forward),
+        trace=partial(trace, model, forward),
+        class_axis=-1,
+    )
+    if forward is not None or not slopes.may_lose(model):
+        return [runner]
+    return [runner, replace(runner, run=partial(_run, model, _compiled), where=slopes.LOST)]
+
+
+def _compiled(model: Any, batch: Any) -> Any:
+    import tensorflow as tf
+
+    inputs = tree.map_structure(tf.constant, canonical(model, batch))
+    return tf.function(partial(invoke, model), autograph=False)(inputs)
 
 
 def _device(model: Any) -> str:
