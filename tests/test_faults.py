@@ -21,4 +21,4 @@ def test_a_save_that_is_killed_leaves_the_old_file_or_a_whole_one():
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("save")]
     assert " old" in row
     assert " new" in row
-    assert int(row.removeprefix("save         .onnx, external weights").split()[1]) == 12  # tries
+    assert int(row.removeprefix("save         .onnx, external weights").split()[2]) >= 12  # tries that were killed

@@ -10,6 +10,7 @@ under one of bntools's own names. From every state that is left so, the verb is 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import select
@@ -142,12 +143,17 @@ class Bench:
     def every_step(self, most: int) -> None:
         """Kill at every step; at as many, evenly apart, where there are more."""
         steps = range(1, self.tally.steps + 1)
-        for step in steps if len(steps) <= most else sorted(random.sample(steps, most)):
+        for step in steps[:: math.ceil(len(steps) / most)]:
             self._try(lambda child, reading: None, step)
 
     def moments(self, count: int, chance: random.Random) -> None:
-        """Kill at random moments: a quarter anywhere, the others between the first step and the end."""
-        for number in range(count):
+        """Kill at random moments until so many tries were killed: what ends before its moment does not count.
+
+        A quarter of the moments is anywhere, the others between the first step and the end.
+        """
+        for number in range(5 * count):
+            if self.tally.killed >= count:
+                return
             anywhere = number % 4 == 0
             delay = chance.uniform(0, self.duration if anywhere else self.duration - self.lead)
 
@@ -212,7 +218,7 @@ def tried(case: Case, template: Path, place: Path, tries: int, seed: int) -> Tal
     """All tries of a case."""
     bench = Bench(case, template, place)
     bench.every_step(case.tries(tries))
-    bench.moments(max(0, case.tries(tries) - bench.tally.tries), random.Random(f"{seed} {case.name}"))
+    bench.moments(case.tries(tries), random.Random(f"{seed} {case.name}"))
     return bench.tally
 
 
@@ -240,7 +246,7 @@ def main() -> int:
     """Each framework in a process of its own; the exit status is 1 where something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(case.name for case in CASES)}")
-    parser.add_argument("--tries", type=int, default=240, help="for each verb, shared among its cases")
+    parser.add_argument("--tries", type=int, default=240, help="killed for each verb, shared among its cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--framework", help=argparse.SUPPRESS)
     given = parser.parse_args()
