@@ -39,21 +39,22 @@ class Result:
 
 
 def rows() -> Iterator[Row]:
-    """What each tool folds over all architectures, then each architecture, then graphs of a few nodes."""
-    found = {name: _architecture(name, make) for name, make in ARCHITECTURES.items()}
-    total = sum(there for there, _ in found.values())
-    for tool in next(iter(found.values()))[1]:
-        results = [each[tool] for _, each in found.values()]
-        failed = sum(not result.text[0].isdigit() or "," in result.text for result in results)
-        what = f"{len(found)} architectures, {total:,} BN: folded by {tool}"
-        worst = max((result.error for result in results if result.error < WRONG), default=np.nan)
-        words = f"{sum(result.folded for result in results):,}; worst error {worst:.1e}; fails or is wrong on {failed}"
-        yield Row(what, words, "", True)
-    for tool in OURS:
-        worst = max(each[tool].error for _, each in found.values())
-        yield at_most(f"{len(found)} architectures: worst error of {tool}", worst, 1e-5)
-    yield from (_row(f"{name}, {there} BN", each) for name, (there, each) in found.items())
+    """Each architecture, then graphs of a few nodes, then what each tool folds over all architectures."""
+    found = {}
+    for name, make in ARCHITECTURES.items():
+        there, found[name] = _architecture(name, make)
+        yield _row(f"{name}, {there} BN", found[name])
     yield from (_row(f"{name}, {norms(model)} BN", _toy(model)) for name, model in toys().items())
+    for tool in next(iter(found.values())):
+        results = [each[tool] for each in found.values()]
+        what = f"{len(found)} architectures: BN folded by {tool}"
+        worst = max((result.error for result in results if result.error < WRONG), default=np.nan)
+        failed = sum(not result.error < WRONG for result in results)
+        folded = sum(result.folded for result in results)
+        yield Row(what, f"{folded:,}; worst error {worst:.1e}; fails or is wrong on {failed}", "", True)
+    for tool in OURS:
+        worst = max(each[tool].error for each in found.values())
+        yield at_most(f"{len(found)} architectures: worst error of {tool}", worst, 1e-5)
 
 
 def _row(what: str, results: dict[str, Result]) -> Row:
