@@ -17,7 +17,8 @@ PLACES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate")
 # Who makes classes and types from text; and PyTorch's parser of expressions and writer of guards, to which bntools lets
 # nothing pass but arithmetic on sizes.
 WRITERS = (
-    "collections/__init__.py", "dataclasses.py", "/typing.py", "sympy/parsing/sympy_parser.py", "torch/export/_unlift.py",
+    "collections/__init__.py", "dataclasses.py", "/typing.py", "sympy/parsing/sympy_parser.py",
+    "torch/export/_unlift.py",
 )  # fmt: skip
 GENERATED = ("<eval_with_key>", "<frozen", "<__array_function__", "<lambda", "<lambdifygenerated", "<attrs generated")
 
