@@ -13,7 +13,7 @@ FORBIDDEN = (
     "shutil.rmtree", "code.__new__",
 )  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-PLACES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate")
+PLACES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir")  # their last argument is a folder, -1 for none
 # Who makes classes and types from text; and PyTorch's parser of expressions and writer of guards, to which bntools lets
 # nothing pass but arithmetic on sizes.
 WRITERS = (
@@ -42,7 +42,7 @@ class Guard:
         if event in FORBIDDEN and not (event == "shutil.rmtree" and self._inside(arguments[0])):
             if not (event == "os.symlink" and self._inside(arguments[1])):
                 self.seen.append(f"{event} {arguments!r:.200}")
-        elif event in PLACES and not self._inside(arguments[0]):
+        elif event in PLACES and arguments[-1] == -1 and not self._inside(arguments[0]):  # else shutil.rmtree's own
             self.seen.append(f"{event} {arguments!r:.200}")
         elif event == "open":
             self._opened(*arguments)

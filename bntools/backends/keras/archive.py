@@ -66,7 +66,7 @@ def peek(path: str) -> Archive | None:
         else:
             with contents.hdf5(path) as file:
                 found = _from_hdf5(held, places, file)
-    except (_Unknown, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (_Unknown, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError):
         return None  # in short: not as Keras writes it, so let Keras say what it makes of it
     return Archive(path, tuple(found))
 

@@ -226,6 +226,17 @@ def test_members_that_lead_out(tmp_path, members, watch, name):
         bntools.load(path)
 
 
+@pytest.mark.parametrize("axis", [float("inf"), []])
+def test_an_axis_that_is_none(tmp_path, members, axis):
+    """A config whose numbers are none is left to Keras, which refuses it."""
+    config = json.loads(members["config.json"])
+    config["config"]["layers"][2]["config"]["axis"] = axis
+    path = written(tmp_path / "model.keras", members, **{"config.json": json.dumps(config)})
+    assert backend("keras").peek(str(path)) is None
+    with pytest.raises(BntoolsError):
+        bntools.load(path)
+
+
 def test_members_that_stand_twice(tmp_path, members):
     """Of two configs the last one counts, for the check as for Keras."""
     hostile = json.loads(members["config.json"])
