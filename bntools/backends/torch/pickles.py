@@ -35,7 +35,7 @@ ADMITTED = ("torch.nn", "torchvision", "timm")
 OURS = (("bntools.backends.torch.layers", "StaysInEval"), ("bntools.backends.torch.frozen_affine", "FrozenAffine"))
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 BUILTIN_FUNCTIONS = ("torch", "torch._C._nn")
-DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error)  # what zipfile raises
+DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error)  # of zipfile's
 LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 LEGACY_PICKLES = 4  # one after the other: the magic number, the protocol, facts of the system, the object
 SLACK = 64 << 20  # bytes: below this no archive is called a bomb
@@ -106,7 +106,7 @@ def scanned(path: str, file: BinaryIO) -> opcodes.Scan:
         content = torch._C.PyTorchFileReader(file).get_record("data.pkl")
         check_text(path, "data.pkl", content)
         return opcodes.scan(content)
-    except (opcodes.Unreadable, RuntimeError, ValueError) as error:
+    except (opcodes.Unreadable, RuntimeError, ValueError, OSError) as error:
         raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
 
 
@@ -121,7 +121,7 @@ def _read_archive(path: str, file: BinaryIO, allow: Sequence[str]) -> Any:
     file.seek(0)
     try:
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise BntoolsError(f"{path}: damaged, truncated or no PyTorch file: {_first_line(error)}") from error
     file.seek(0)
     names = sorted(pair for pair in scan.names if ".".join(pair) in foreign)

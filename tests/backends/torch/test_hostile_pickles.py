@@ -15,6 +15,7 @@ from torch import nn
 import bntools
 from bntools import BntoolsError, data
 from bntools.backends import backend
+from bntools.backends.torch import pickles
 
 LIMIT_S = 5
 LIMIT_BYTES = 512 << 20
@@ -245,6 +246,15 @@ def test_archives_that_make_zipfile_stumble(tmp_path, place, value):
     (tmp_path / "model.pt").write_bytes(whole[:start] + value + whole[start + len(value) :])
     with pytest.raises(BntoolsError, match="damaged"):
         bntools.load(tmp_path / "model.pt")
+
+
+def test_an_end_of_an_archive_alone(tmp_path):
+    """PyTorch's reader looks for the table of such a file before its beginning, and says so with an OSError."""
+    (tmp_path / "model.pt").write_bytes(b"PK\x05\x06" + bytes(4093))
+    with pytest.raises(BntoolsError, match=r"model\.pt"):
+        backend("torch").described(tmp_path / "model.pt")
+    with pytest.raises(BntoolsError, match="damaged"):
+        pickles.read(str(tmp_path / "model.pt"))
 
 
 def test_a_table_of_several_disks(tmp_path):
