@@ -21,9 +21,10 @@ torch.manual_seed(0)
 model = vision.resnet50().eval()
 images = torch.randn({images}, 3, 128, 128)
 batches = images.split({size})
-with torch.no_grad():
-    for batch in images[:32].split({size}):
-        model(batch)
+def forward():
+    with torch.no_grad():
+        for batch in images[:32].split({size}):
+            model(batch)
 """
 
 WRITE = """
@@ -37,9 +38,10 @@ import numpy, onnxruntime
 images = numpy.random.default_rng(0).standard_normal(({images}, 3, 128, 128), dtype=numpy.float32)
 batches = numpy.split(images, {images} // {size})
 model = "{path}"
-session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-for batch in batches[: 32 // {size}]:
-    session.run(None, dict(x=batch))
+def forward():
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    for batch in batches[: 32 // {size}]:
+        session.run(None, dict(x=batch))
 """
 
 KERAS = """
@@ -48,7 +50,8 @@ keras.utils.set_random_seed(0)
 model = keras.applications.ResNet50(weights=None, input_shape=(128, 128, 3))
 images = numpy.random.default_rng(0).standard_normal(({images}, 128, 128, 3), dtype=numpy.float32)
 batches = numpy.split(images, {images} // {size})
-model.predict(images[:32], batch_size={size}, verbose=0)
+def forward():
+    model.predict(images[:32], batch_size={size}, verbose=0)
 """
 
 # VmHWM is of this process alone; ru_maxrss starts at the peak of the process that started it.
@@ -60,6 +63,8 @@ if {allowed}:
     import bntools
     result = bntools.recalibrate(model, batches, memory={allowed}, check=False)
     assert result.virtual_batches > 1, result
+else:
+    forward()
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
