@@ -22,6 +22,7 @@ from bntools.backends.keras import feeding
 from bntools.backends.keras import normalizing as in_keras
 from bntools.backends.onnx import replica as in_onnx
 from bntools.backends.torch import replica as in_torch
+from bntools.measurement import Job
 from bntools.moments import Moments
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
@@ -89,9 +90,10 @@ def sample_variance(self):
     return self.m2 / (self.count - 1)
 
 
-def momentum_left_in(self, prior, samples, prior_samples):
+def momentum_left_in(self, measured, samples, updates=None):
     """New statistics that are only a tenth of what is stored."""
-    return BLEND(self, prior, 1, 9)
+    self.prior = 9 * samples
+    STORE(self, measured, samples, updates)
 
 
 def difference_of_squares(x, *options, axis=1):
@@ -103,22 +105,22 @@ def difference_of_squares(x, *options, axis=1):
     return Moments.from_variance(len(x), mean.astype(np.float64), np.maximum(var, 0).astype(np.float64))
 
 
-MERGE, BLEND = Moments.merge, Moments.blend
+MERGE, STORE = Moments.merge, Job.store
 MUTANTS = {
-    "mean of variances": ("merge", mean_of_variances, relations.definition),
-    "batches alike": ("merge", batches_alike, relations.definition),
-    "sample variance": ("var", property(sample_variance), relations.definition),
-    "momentum left in": ("blend", momentum_left_in, verb_relations.twice),
+    "mean of variances": (Moments, "merge", mean_of_variances, relations.definition),
+    "batches alike": (Moments, "merge", batches_alike, relations.definition),
+    "sample variance": (Moments, "var", property(sample_variance), relations.definition),
+    "momentum left in": (Job, "store", momentum_left_in, verb_relations.twice),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_algorithm_is_caught(backend, mutant, monkeypatch):
     """What holds of bntools does not hold of what other helpers do."""
-    name, wrong, relation = MUTANTS[mutant]
+    owner, name, wrong, relation = MUTANTS[mutant]
     case = Case(backend, ROWS, 7, 0)
     relation(case)
-    monkeypatch.setattr(Moments, name, wrong)
+    monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError, match="off by"):
         relation(case)
 

@@ -92,7 +92,7 @@ def test_data_of_another_shape(refused, bench):
         ("images.npy --preprocess resnet51", "keras.applications has no such module; it has convnext, densenet"),
         ("floats.npy --preprocess resnet50", "preprocess= is for images of 8 bits"),
         ("grey.npy --preprocess resnet50", "is for 3 channels (RGB), not 1"),
-        ("json:dumps --preprocess resnet50", "a factory does its own"),
+        ("json:JSONDecoder --preprocess resnet50", "a factory does its own"),
     ],
 )
 def test_preprocessing(refused, bench, options, message):

@@ -93,7 +93,7 @@ def test_models_that_differ_have_a_report(run, desk):
 def test_model_and_report_are_written_together(refused, desk, monkeypatch):
     """Where the model cannot be written there is no report either."""
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records, "write_both", fails)
