@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
@@ -37,7 +38,8 @@ class Ranks:
     def absent(self, seconds: float) -> list[int]:
         """The ranks that are not here after some seconds, told through the store that all of them share.
 
-        All come to one verdict: the last to arrive says that they go, the first to lose patience that they do not.
+        All come to one verdict, which is the list itself: the last to arrive says that nobody is absent, the first to
+        lose patience who is.
         """
         from torch.distributed.distributed_c10d import _get_process_group_store  # which no public name gives away
 
@@ -45,13 +47,12 @@ class Ranks:
         call = f"bntools/{store.add(f'bntools/calls/{self.rank}', 1)}"
         store.set(f"{call}/{self.rank}", "here")
         if store.add(f"{call}/here", 1) == self.size:
-            store.compare_set(f"{call}/verdict", "", "go")
+            store.compare_set(f"{call}/verdict", "", "[]")
         with suppress(RuntimeError):
             store.wait([f"{call}/verdict"], timedelta(seconds=seconds))
-        if store.compare_set(f"{call}/verdict", "", "over") == b"go":
-            return []
-        absent = [rank for rank in range(self.size) if not store.check([f"{call}/{rank}"])]
-        if not absent:
+        seen = [rank for rank in range(self.size) if not store.check([f"{call}/{rank}"])]
+        absent: list[int] = json.loads(store.compare_set(f"{call}/verdict", "", json.dumps(seen)))
+        if self.rank in absent:
             raise BntoolsError(f"rank {self.rank} of {self.size} came late: the others have given up waiting for it")
         return absent
 
