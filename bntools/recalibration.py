@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import chain, islice
 from numbers import Real
 from typing import Any
@@ -89,29 +88,27 @@ def recalibrate(
         _check_arguments(method, prior, memory, tolerance, max_samples)
         backend = backends.of(model)
         model = backend.edit(model)
-        own, most = forward is not None, agreement.own_share(processes, max_samples)
+        counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
+        run = {"method": method, "forward": forward is not None, **counted}
         notes = agreement.padded(processes, batches)
+        most = agreement.own_share(processes, max_samples)
         given = feeding.given(model, batches, most)
-        batches = backends.fed(model, given, most, whole=own, joined=method == "exact" and not own)
+        joined = method == "exact" and forward is None
+        batches = backends.fed(model, given, most, whole=forward is not None, joined=joined)
         chosen, untouched = targets(backend.layers(model), layers, backends.absence(model))
-        options = {"method": method, "prior": prior, "layers": chosen, "tolerance": tolerance, "check": check}
-        with agreement.one_model(processes, backend, model, options | {"max_samples": max_samples}):
-            before = {layer.name: layer for layer in backend.layers(model)}
+        with agreement.one_model(processes, backend, model, {**run, "layers": chosen, "check": check}):
+            before = {layer.name: layer for layer in backend.layers(model) if layer.name in chosen}
             if prior:
-                _check_prior(before[name] for name in chosen)
-            counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
-            run = {"method": method, "forward": own, **counted}
-            facts = partial(resuming.fingerprint, backend, model, [before[name] for name in chosen], given, run)
-            kept = resuming.opened(checkpoint, given, facts, processes.size, method)
-            allowed = kept.memory if memory is None and kept is not None else memory
+                _check_prior(before.values())
+            kept = resuming.opened(checkpoint, processes, backend, model, list(before.values()), given, run)
             job = Job(
                 backend=backend,
                 model=model,
                 forward=forward,
-                before={name: before[name] for name in chosen},
+                before=before,
                 prior=prior,
                 progress=progress or (lambda *_: None),
-                memory=backend.free_memory(model) / 2 / processes.sharing if allowed is None else allowed,
+                memory=_allowed(memory, kept, backend.free_memory(model) / processes.sharing),
                 samples=getattr(batches, "samples", None),
                 counters=backends.counters(model),
                 group=processes,
@@ -124,10 +121,15 @@ def recalibrate(
                 kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)
         result.untouched.update(untouched)
-        result.notes.extend(notes)
-        if kept is not None:
-            result.notes.extend(kept.finish())
+        result.notes.extend([*notes, *(kept.finish() if kept is not None else ())])
         return result
+
+
+def _allowed(memory: int | None, kept: resuming.Checkpoint | None, free: float) -> float:
+    """Bytes for the replicas: what was asked for, what a run that goes on had, or half of what is free."""
+    if memory is not None:
+        return memory
+    return free / 2 if kept is None or kept.memory is None else kept.memory
 
 
 def _recalibrated(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from bntools.errors import BntoolsError
 from bntools.layer import BatchNorm
 from bntools.measured import Measured
 from bntools.moments import Moments
+from bntools.processes import Group
 from bntools.stats import is_count
 from bntools.tensorfiles import Kind
 
@@ -50,22 +53,31 @@ class Standing:
 
 
 def opened(
-    path: str | os.PathLike[str] | None, data: Any, run: Callable[[], Facts], processes: int, method: str
+    path: str | os.PathLike[str] | None,
+    group: Group,
+    backend: ModuleType,
+    model: Any,
+    before: list[BatchNorm],
+    data: Any,
+    run: Mapping[str, Any],
 ) -> Checkpoint | None:
-    """The checkpoint at a path, taken up where it left off; None for none. ``run()`` says what this run is of.
+    """The checkpoint at a path, taken up where it left off; None for none.
 
+    ``before`` are the layers to measure as they were, ``run`` the arguments of the run by name, its method among them.
     Raises BntoolsError for a run that cannot go on from one, and as ``load`` does.
     """
     if path is None:
         return None
-    if processes > 1:
-        raise BntoolsError(f"found checkpoint= in {processes} processes: only one alone can go on where it was stopped")
-    if method == "ema":
+    if group.size > 1:
+        raise BntoolsError(
+            f"found checkpoint= in {group.size} processes: only one alone can go on where it was stopped"
+        )
+    if run["method"] == "ema":
         raise BntoolsError(
             "found checkpoint= with method='ema': its moving average is in the model itself, which is as before when a "
             "run is stopped; expected 'exact' or 'precise'"
         )
-    found = Checkpoint(path, data, run)
+    found = Checkpoint(path, data, partial(fingerprint, backend, model, before, data, run))
     found.load()
     return found
 
@@ -157,23 +169,24 @@ class Checkpoint:
             )
 
 
-def fingerprint(backend: Any, model: Any, before: Iterable[BatchNorm], data: Any, options: Mapping[str, Any]) -> Facts:
+def fingerprint(
+    backend: ModuleType, model: Any, before: list[BatchNorm], data: Any, options: Mapping[str, Any]
+) -> Facts:
     """What a run is of, as JSON: version, model, layers with the statistics they had, data and options.
 
     Of data that does not describe itself nothing is known; what was read of it is compared when it is read again.
     """
     from bntools import __version__
 
-    layers = list(before)
     spec = getattr(data, "spec", None)
     spec = spec if isinstance(spec, dict) and "options" in spec else {"options": {}}
     return {
         "bntools": __version__,
         "weights": backend.digest(model),
         "statistics": digest(
-            *(np.ascontiguousarray(values, np.float64).data for one in layers for values in one.stats)
+            *(np.ascontiguousarray(values, np.float64).data for one in before for values in one.stats)
         ),
-        "layers": digest("\0".join(one.name for one in layers).encode()),
+        "layers": digest("\0".join(one.name for one in before).encode()),
         "data": digest(repr([spec.get(name) for name in ("kind", "measured", "files", "size")]).encode()),
         **{name: plain(value) for name, value in options.items()},
         **{f"{name} of the data": plain(value) for name, value in spec["options"].items()},
