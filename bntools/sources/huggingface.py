@@ -14,7 +14,6 @@ from bntools.errors import BntoolsError
 from bntools.sources import columns
 
 CLASSES = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
-SAVED, SAVED_DICT = ("dataset_info.json", "state.json"), "dataset_dict.json"
 TOGETHER = 32  # rows that are fetched at a time
 HEADS = 256  # rows of images that are looked at before reading
 SHUFFLED = 1000  # rows of a stream among which the next is drawn
@@ -27,13 +26,8 @@ def is_dataset(value: Any) -> bool:
     return isinstance(value, classes)
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder is one that ``save_to_disk`` wrote."""
-    return Path(folder, SAVED_DICT).is_file() or all(Path(folder, name).is_file() for name in SAVED)
-
-
 def saved(folder: Path) -> Any:
-    """The dataset in such a folder. Raises BntoolsError where it cannot be read."""
+    """The dataset in a folder that ``save_to_disk`` wrote. Raises BntoolsError where it cannot be read."""
     try:
         import datasets
     except ModuleNotFoundError as error:

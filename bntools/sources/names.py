@@ -28,12 +28,6 @@ class Names:
         self._bytes += os.fsencode(name)
         self._ends.append(len(self._bytes))
 
-    def extend(self, others: Names) -> None:
-        """Add all names of others at the end."""
-        before = len(self._bytes)
-        self._bytes += others._bytes
-        self._ends.extend(before + end for end in others._ends)
-
     def __len__(self) -> int:
         return len(self._ends)
 
