@@ -90,8 +90,6 @@ def command(
         before = state(model)
         loaded = load(model, arch, allow)
         loading.to_inference(model, loaded, to_inference, quiet=as_json)
-        import bntools
-
         options: dict[str, Any] = {
             "method": method,
             "prior": prior,
@@ -108,14 +106,10 @@ def command(
         batches = reading.open(data, loaded, job.shard)
         output.say(f"{data}: {batches.description}", quiet=as_json)
         with (
-            said_when_skipped(data, batches, quiet=as_json),
             resuming.checkpoint(written, method, job.group.size, resume, quiet=as_json) as kept,
             placing.placed(loaded, job.device, autocast) as there,
-            progress.samples() as report,
         ):
-            paced = job.paced(report)
-            options.update(progress=paced, group=job.group, checkpoint=kept)
-            result = bntools.recalibrate(there.model, batches, **options)
+            result = _measured(there.model, data, batches, job, {**options, "checkpoint": kept}, as_json)
         record = {**start, **job.record, **there.record, "input": job.agreed(batches), **records.recalibration(result)}
         if job.group.rank:
             return
@@ -128,6 +122,16 @@ def command(
         else:
             _print(result, [written, record_path])
             reporting.said(html, quiet=False)
+
+
+def _measured(
+    model: Any, data: str, batches: Any, job: processes.Joined, options: dict[str, Any], as_json: bool
+) -> Any:
+    """What ``bntools.recalibrate`` gives, all processes together, with its progress on the terminal."""
+    import bntools
+
+    with said_when_skipped(data, batches, quiet=as_json), progress.samples() as report:
+        return bntools.recalibrate(model, batches, progress=job.paced(report), group=job.group, **options)
 
 
 def _print(result: Any, written: list[Path]) -> None:
