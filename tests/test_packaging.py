@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_only_back_ends_import_frameworks():
     assert set(wrong) == may
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Top-level names of what a file imports, anywhere in it."""
     import ast
