@@ -35,6 +35,8 @@ class Arrays:
     total: int
     file: tuple[Path, State] | None = None
 
+    drawn = True
+
     @property
     def samples(self) -> int:
         """How many samples there are."""

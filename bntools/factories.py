@@ -23,6 +23,7 @@ class Factory:
     begun: list[Any] = field(default_factory=list)  # what was made to look at, for the first reading
 
     samples = None  # only reading it all could tell
+    drawn = False  # nobody can draw from a function
 
     def batches(self, most: int | None = None) -> Iterator[Any]:
         """The batches as they come, cut to the samples that are wanted: nobody can draw from a function."""

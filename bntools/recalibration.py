@@ -121,7 +121,9 @@ def recalibrate(
                 kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)
         result.untouched.update(untouched)
-        result.notes.extend([*notes, *(kept.finish() if kept is not None else ())])
+        result.notes.extend(
+            [*notes, *_first_ones(given, result, tolerance), *(kept.finish() if kept is not None else ())]
+        )
         return result
 
 
@@ -130,6 +132,17 @@ def _allowed(memory: int | None, kept: resuming.Checkpoint | None, free: float) 
     if memory is not None:
         return memory
     return free / 2 if kept is None or kept.memory is None else kept.memory
+
+
+def _first_ones(given: Any, result: Recalibration, tolerance: float | None) -> Iterator[str]:
+    """What to say where a tolerance was reached on samples that nobody has drawn from all."""
+    if tolerance is None or getattr(given, "drawn", True) or given.samples == result.samples:
+        return
+    yield (
+        f"the tolerance was judged by the first {result.samples:,} samples as they come, which were not drawn from "
+        f"all: where the data is sorted they do not stand for it. max_samples= draws from Parquet; shuffle streams and "
+        f"factories"
+    )
 
 
 def _recalibrated(

@@ -31,6 +31,7 @@ class Files:
     other = "other file"
     heads = HEADS
     ahead = None
+    drawn = True
 
     @property
     def total(self) -> int:

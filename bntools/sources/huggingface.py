@@ -67,6 +67,7 @@ class DatasetRows:
     container = "dataset"
     heads = HEADS
     origin = "a dataset"
+    drawn = True
 
     def __init__(self, source: str, dataset: Any, column: str | None):
         self._source = source
@@ -114,6 +115,7 @@ class StreamRows:
     heads = HEADS
     origin = "a streamed dataset"
     total = None
+    drawn = False
 
     def __init__(self, source: str, dataset: Any, column: str | None, seed: int):
         self._source = source

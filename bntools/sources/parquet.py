@@ -53,6 +53,7 @@ class ParquetRows:
         self._starts = np.concatenate([[0], self._ends])
         self._bytes = np.array([self._row_bytes(i, g) for i, g in groups])
         self._rank = np.arange(len(groups))  # of a group in the order of reading
+        self.drawn = True
 
     @property
     def origin(self) -> str:
@@ -71,7 +72,9 @@ class ParquetRows:
         numbers = np.arange(self.total)
         if most is not None and most < self.total:
             numbers = generator.permutation(self.total)[:most]
-        return numbers[np.lexsort((generator.random(len(numbers)), self._window(numbers)))]
+        windows = self._window(numbers)
+        self.drawn = len(numbers) < self.total or windows.max(initial=0) == 0
+        return numbers[np.lexsort((generator.random(len(numbers)), windows))]
 
     def rows(self, numbers: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and cells of these rows, whose order is one that ``order`` gave, or a part of it."""

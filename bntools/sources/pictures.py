@@ -4,7 +4,8 @@ A stock of images (the files of a folder, the members of tars, the rows of a tab
 numbers of its images in the order of reading, drawn from all, None for a stream; and ``entries(numbers)``, the images.
 ``heads`` of them are looked at before any is decoded, ``ahead`` are held while they wait for that (None where each is
 opened in its turn). ``total`` is how many there are, None for a stream, ``ignored`` how many things of another kind
-(``other``) lie between them, ``unlisted`` what is skipped before it is counted, ``origin`` where all lies, in words.
+(``other``) lie between them, ``unlisted`` what is skipped before it is counted, ``origin`` where all lies, in words,
+``drawn`` whether the first of the order stand for all.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Pictures:
     def __post_init__(self) -> None:
         self._before = len(self.skipped)  # those are not among the numbers
         self._bad = {one.number for one in self.skipped}
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the first images are drawn from all."""
+        return self.stock.drawn
 
     @property
     def samples(self) -> int | None:

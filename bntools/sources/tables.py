@@ -1,8 +1,8 @@
 """Tables, whose rows are samples: of images, or of numbers as arrays.
 
 A table has ``order(generator, most)``, the numbers of its rows in a random order that can be read in little memory,
-``most`` of them drawn from all, None for a stream; ``rows(numbers)``, number and cells of each; and
-``place(number)``, the folder and the name by which messages call a row.
+``most`` of them drawn from all, None for a stream; ``rows(numbers)``, number and cells of each; ``place(number)``, the
+folder and the name by which messages call a row; and ``drawn``, whether the first of that order stand for all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class ImageRows:
         self.total, self.ignored = table.total, table.columns.others
         self.unlisted: list[images.Unreadable] = []
 
+    @property
+    def drawn(self) -> bool:
+        """As the table has it."""
+        return self._table.drawn
+
     def order(self, generator: np.random.Generator, most: int | None) -> np.ndarray | None:
         """As the table has it."""
         return self._table.order(generator, most)
@@ -70,6 +75,11 @@ class Rows:
     reading: Reading
     numbers: np.ndarray | None
     like: arrays.Arrays  # of some rows, which says what is done to them
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the first samples are drawn from all."""
+        return self.table.drawn
 
     @property
     def samples(self) -> int | None:

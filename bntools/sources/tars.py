@@ -49,6 +49,7 @@ class Members:
     other = "other member"
     heads = HEADS
     ahead = None
+    drawn = True
 
     def __init__(self, shards: Sequence[Shard]):
         self._shards = shards

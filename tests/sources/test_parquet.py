@@ -9,8 +9,10 @@ import picture_files as files
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from picture_files import all_of, expected, png, sorted_rows
 
+import bntools
 from bntools import data
 from bntools.errors import BntoolsError
 from bntools.sources import parquet
@@ -133,6 +135,23 @@ def test_a_sample_is_drawn_from_all_rows(tmp_path, monkeypatch):
     drawn = np.sort(all_of(data.open(path, max_samples=50)))
     assert len(set(drawn)) == 50
     assert drawn[5] < 3000 < 7000 < drawn[-5]
+
+
+def test_a_tolerance_says_whether_its_samples_stand_for_all(tmp_path, monkeypatch):
+    """Rows sorted by value: those of one window know their own mean well, and a note says that it may be no other's."""
+    x = np.repeat(np.arange(8.0, dtype=np.float32), 64) + np.random.default_rng(0).normal(size=512).astype(np.float32)
+    path = tmp_path / "sorted.parquet"
+    pq.write_table(pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x), 1)}), path, row_group_size=64)
+
+    def notes(source, **options):
+        return bntools.recalibrate(torch.nn.BatchNorm1d(1), source, check=False, tolerance=0.2, **options).notes
+
+    assert notes(path) == []
+    monkeypatch.setattr(parquet, "WINDOW", 600)
+    (note,) = notes(path)
+    assert note.startswith("the tolerance was judged by the first 64 samples as they come")
+    assert notes(path, max_samples=100) == []
+    assert notes([x[:, None]]) == []
 
 
 def test_little_of_a_large_row_group_is_held(tmp_path, monkeypatch):
