@@ -143,7 +143,8 @@ def exact(
                 error = _standard_error(both, job.stds(both))
                 if error > tolerance and part.samples >= at.wanted:
                     source.give_back(part.batches)
-                    at.wanted = part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))
+                    # Whole samples: what is left to share out must not get lost in rounding.
+                    at.wanted = float(math.ceil(part.samples * min(16.0, max(2.0, 1.1 * (error / tolerance) ** 2))))
                     continue
             at.measured, at.passes = both, at.passes + 1
             done += sum(batch.samples for batch in part.batches)
