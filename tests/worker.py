@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # which DistributedDataParallel imports
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
