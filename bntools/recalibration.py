@@ -89,7 +89,7 @@ def recalibrate(
         backend = backends.of(model)
         model = backend.edit(model)
         counted = {"prior": prior, "tolerance": tolerance, "max_samples": max_samples}
-        run = {"method": method, "forward": forward is not None, **counted}
+        run = {"method": method, "forward": forward is not None, "autocast": backends.precision(model), **counted}
         notes = agreement.padded(processes, batches)
         most = agreement.own_share(processes, max_samples)
         given = feeding.given(model, batches, most)

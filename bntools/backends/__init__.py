@@ -6,8 +6,8 @@ A back end is a package of plain functions under the same names:
     load  save  parts
 
 and, where its kind of model calls for them, ``takes``, ``absence``, ``to_inference``, ``external_files``, ``live``,
-``counters``, ``described``, ``ranks``, ``world``, ``join``, ``refuse_freezing`` and ``double`` (with ``autocast``), for
-which verbs ask with hasattr.
+``counters``, ``described``, ``ranks``, ``world``, ``join``, ``refuse_freezing``, ``precision`` and ``double`` (with
+``autocast``), for which verbs ask with hasattr.
 
 It is found by looking at the model's type and at what is already imported, so that asking imports
 no framework that the caller does not have in hand (the way einops does it).
@@ -138,6 +138,12 @@ def group(model: Any, given: Any = None) -> Group:
         return given
     found = backend("torch").ranks if given is not None else getattr(of(model), "ranks", None)
     return Group(None if found is None else found(model, given), processes.PATIENCE)
+
+
+def precision(model: Any) -> str | None:
+    """The dtype to which the framework casts around this call (torch.autocast); None where it does not."""
+    found = getattr(of(model), "precision", None)
+    return None if found is None else found(model)
 
 
 def counters(model: Any) -> Callable[[], None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import bntools
 from bntools import resuming
+from bntools.measurement import Job
 
 KEPT = Path("model.recalibrated.pt.resume")
 LINE = "recalibrate model.pt data/ --memory 1B --batch-size 8"  # one batch at a time
@@ -53,8 +53,8 @@ def interrupted(monkeypatch, often):
             return original(self, *arguments)
 
         with monkeypatch.context() as patched:
-            original = bntools.measurement.Job.report
-            patched.setattr("bntools.measurement.Job.report", source)
+            original = Job.report
+            patched.setattr(Job, "report", source)
             return run(line)
 
     return begin
@@ -100,9 +100,10 @@ def test_ctrl_c_says_how_to_go_on(run, desk, interrupted):
 
 
 def test_what_does_not_fit_is_refused(run, refused, desk, interrupted):
-    """Another option, seed or model is no way to go on: one line says what differs, and nothing is changed."""
+    """Another option, precision, seed or model is no way to go on: one line says what differs; nothing is changed."""
     interrupted(run, LINE)
     assert "prior 0.0 and not 5.0" in refused(f"{LINE} --resume --prior 5")
+    assert "autocast None and not 'bfloat16'" in refused(f"{LINE} --resume --autocast bfloat16")
     assert "seed of the data 0 and not 3" in refused(f"{LINE} --resume --seed 3")
     model = torch.load("model.pt", weights_only=False)
     next(model.parameters()).data += 1

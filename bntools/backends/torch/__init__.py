@@ -14,7 +14,7 @@ from bntools.backends.torch.inputs import input_channels
 from bntools.backends.torch.layers import layers, parts, stored, write
 from bntools.backends.torch.memory import free_memory
 from bntools.backends.torch.observing import observer
-from bntools.backends.torch.placing import autocast, double
+from bntools.backends.torch.placing import autocast, double, precision
 from bntools.backends.torch.ranks import join, ranks, world
 from bntools.backends.torch.replica import measuring
 from bntools.backends.torch.running import predict
@@ -47,6 +47,7 @@ __all__ = [
     "measuring",
     "observer",
     "parts",
+    "precision",
     "predict",
     "ranks",
     "reset",

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -48,6 +49,12 @@ def autocast(device: str, dtype: str) -> Iterator[None]:
             raise BntoolsError(f"autocast to {dtype} on {device}: {str(error).splitlines()[0]}") from error
     with cast:
         yield
+
+
+def precision(model: nn.Module) -> str | None:
+    """The dtype of torch.autocast where the model is; None where it is off."""
+    kind = next((tensor.device.type for tensor in chain(model.parameters(), model.buffers())), "cpu")
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
 
 
 def _checked(device: str) -> str:
