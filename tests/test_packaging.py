@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SKIPPED = {"build", "dist", "__pycache__"}
 WHEEL = 700_000  # bytes at most
 ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(ABOUT["optional-dependencies"]) - {"test", "bench"}  # the others are for users
@@ -36,11 +38,14 @@ def wheel(tmp_path_factory) -> list[str]:
     return zipfile.ZipFile(path).namelist()
 
 
-def tracked() -> list[str]:
+@cache
+def tracked() -> tuple[str, ...]:
     """The files of the project: what is there and not ignored."""
-    skipped = {".git", ".venv", "build", "dist", "__pycache__"}
-    files = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
-    return [str(path) for path in files if not skipped & set(path.parts) and not path.parts[0].startswith(".")]
+    found = []
+    for folder, inside, names in os.walk(ROOT):  # not into environments, which hold tens of thousands
+        inside[:] = [name for name in inside if not name.startswith(".") and name not in SKIPPED]
+        found += [str(Path(folder, name).relative_to(ROOT)) for name in names if not name.startswith(".")]
+    return tuple(found)
 
 
 def test_the_wheel_holds_the_whole_tree(wheel):
