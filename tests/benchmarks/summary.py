@@ -68,7 +68,8 @@ LINES = (
         "without any BN",
         span,
     ),
-    Line("BN folded on {wide} networks and small graphs: each tool", "fold_peers", "folded by"),
+    Line("{head}: folded by each", "fold_peers", "folded by"),
+    Line("the same: worst scale-relative error in float32, of the module and of the file", "fold_peers", "worst error"),
     Line("peak memory with `memory=`, against an eval forward plus that", "memory", "peak", span),
     Line("1,000,000 images streamed: peak memory against that of 100,000", "stream", "peak", each),
     Line(
@@ -126,8 +127,9 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     for line in LINES:
         if line.part in results:
             rows = results[line.part]["rows"]
-            label = line.label.format(wide=sum(bool(row["cells"]) for row in rows))
             if figures := _figures(line.pattern, rows):
+                head = next((row["what"] for row in rows if re.search(line.pattern, row["what"])), "").split(":")[0]
+                label = line.label.format(wide=sum(bool(row["cells"]) for row in rows), head=head)
                 yield f"| {label} | {line.form(figures)} | {results[line.part]['date']} |"
 
 
@@ -136,8 +138,9 @@ def _figures(pattern: str, rows: list[dict[str, Any]]) -> list[str]:
     if pattern.startswith("@"):
         return [row["cells"][pattern[1:]] for row in rows if pattern[1:] in row["cells"]]
     found = [(row["what"], row["figure"]) for row in rows if not row["cells"] and re.search(pattern, row["what"])]
-    named = pattern == "folded by"  # these figures are one tool's each
-    return [f"{what.split('folded by ')[1]} {figure}" if named else figure for what, figure in found]
+    if pattern == "folded by":  # figures of one tool each, of which the first number is enough here
+        return [f"{what.split('folded by ')[1]}: {figure.split(';')[0]}" for what, figure in found]
+    return [figure for _, figure in found]
 
 
 def _number(figure: str) -> float:
