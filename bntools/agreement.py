@@ -11,12 +11,11 @@ import numpy as np
 
 from bntools import __version__
 from bntools.batches import Source
-from bntools.digests import digest
+from bntools.digests import digest, of_batch
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import Stats
 from bntools.measurement import Job
-from bntools.moments import to_numpy
 from bntools.processes import Group
 
 
@@ -89,7 +88,7 @@ def same_data(group: Group, source: Source, counted: Mapping[str, Any]) -> list[
     batch = source.next()
     if batch is not None:
         source.give_back([batch])
-    every = group.gather(None if batch is None else _digest_of(batch.content))
+    every = group.gather(None if batch is None else of_batch(batch.content))
     alike = [rank for rank, one in enumerate(every) if one is not None and every.count(one) > 1]
     if not alike:
         return []
@@ -100,6 +99,20 @@ def same_data(group: Group, source: Source, counted: Mapping[str, Any]) -> list[
             f"torch.utils.data.DistributedSampler does"
         )
     return [f"{what}: their samples are counted more than once, which moves no statistics but takes longer"]
+
+
+def one_order(group: Group, data: Any) -> None:
+    """See that processes that deal out one order among them have the same: samples would be lost, and others counted
+    twice. Raises BntoolsError where they differ in how it begins, as after shuffling without a seed.
+    """
+    every = group.gather(data.begins)
+    rank = next((rank for rank, one in enumerate(every) if one != every[0]), None)
+    if rank is not None:
+        raise BntoolsError(
+            f"{data.spec['source']}: begins with other samples on rank {rank} of {group.size} than on rank 0, and each "
+            f"process takes its share of one and the same order: seed what is drawn or shuffled there, and let every "
+            f"process yield all of the data"
+        )
 
 
 def padded(group: Group, batches: Any) -> list[str]:
@@ -149,12 +162,3 @@ def _store(backend: ModuleType, model: Any, statistics: dict[str, Stats]) -> Non
 def _one(group: Group, statistics: dict[str, Stats]) -> bool:
     arrays = [np.ascontiguousarray(values) for both in statistics.values() for values in both]
     return len(set(group.gather(digest(*(array.data for array in arrays))))) == 1
-
-
-def _digest_of(content: Any) -> str | None:
-    """A digest of the first array of a batch; None where it has none."""
-    values = list(content.values()) if isinstance(content, Mapping) else content
-    first = (
-        next((one for one in values if hasattr(one, "shape")), None) if isinstance(values, (tuple, list)) else values
-    )
-    return digest(np.ascontiguousarray(to_numpy(first)).tobytes()) if hasattr(first, "shape") else None

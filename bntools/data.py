@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bntools import preprocessing, sources
+from bntools.digests import of_batch
 from bntools.errors import BntoolsError
 from bntools.factories import Factory
 from bntools.reading import Reading
@@ -37,6 +38,7 @@ class Data:
         first = next(source.batches(MEASURED), None)
         if first is None:
             raise BntoolsError(f"{name}: yields no batches")
+        self.begins = of_batch(first)  # a digest of its first samples, on all processes that share it
         self._given = {
             "kind": kind,
             "source": name,

@@ -116,7 +116,10 @@ def recalibrate(
             )
             agreement.check_possible(job, method)
             source = Source(batches, most)
-            notes += [] if getattr(given, "dealt", False) else agreement.same_data(processes, source, counted)
+            if getattr(given, "dealt", False):
+                agreement.one_order(processes, given)
+            else:
+                notes += agreement.same_data(processes, source, counted)
             if kept is not None:
                 kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)

@@ -226,6 +226,26 @@ def test_data_is_dealt_from_one_order(tmp_path):
         data.open(tmp_path, shard=(3, 3, 1))
 
 
+def drawn_anew():
+    """Batches that are others each time."""
+    return iter(X[torch.randperm(len(X))].split(5))
+
+
+def test_an_order_that_is_another_on_each_process_is_refused():
+    """Shares of different orders have samples in common, and lack others."""
+    opened = [data.open("test_processes:factory", shard=(rank, 2, 1)) for rank in range(2)]
+    assert recalibrated(nn.Sequential(nn.BatchNorm1d(3)), opened)[1][0].samples == 14
+    errors = failing([data.open("test_processes:drawn_anew", shard=(rank, 2, 1)) for rank in range(2)])
+    assert str(errors[0]).startswith("test_processes:drawn_anew: begins with other samples on rank 1 of 2 than on rank")
+    assert str(errors[1]) == str(errors[0])
+
+
+def test_batches_of_bfloat16_are_told_apart():
+    """NumPy has no such numbers."""
+    _, results = recalibrated(net().bfloat16(), [[X[:9].bfloat16()], [X[:9].bfloat16()]])
+    assert "begin with the same batch" in results[0].notes[0]
+
+
 def free_port():
     """A port on which nobody listens now."""
     with socket.socket() as found:
@@ -240,7 +260,7 @@ def test_processes_of_gloo(tmp_path):
     bad = X.numpy().copy()
     bad[np.random.default_rng(0).permutation(len(bad))[1]] = np.nan  # the second of the order: rank 1's first
     np.save(tmp_path / "bad.npy", bad)
-    ports = [str(free_port()) for _ in range(4)]
+    ports = [str(free_port()) for _ in range(5)]
     with subprocess.Popen([sys.executable, WORKER, "3", *ports], cwd=tmp_path, start_new_session=True) as worker:
         try:
             worker.wait(timeout=240)
@@ -266,6 +286,8 @@ def test_processes_of_gloo(tmp_path):
     assert [found["usage"] for found in said] == [2, 2, 2]
     assert [bool(found["usage err"]) for found in said] == [True, False, False]
     assert not list(tmp_path.glob("*bad.*pt*"))
+    assert [found["device"] for found in said] == [1, 1, 1]
+    assert sum(found["device err"].startswith("bntools: found device 'cuda:77'") for found in said) == 1
     assert [found["dead"] for found in said] == [
         "rank 2 of 3 has died (killed, or out of memory?): nothing was changed"
     ] * 2 + [""]

@@ -20,12 +20,12 @@ LONG = timedelta(days=1)  # one that died is noticed at once; one that reads a l
 class Ranks:
     """The ranks of a process group.
 
-    With a backend that knows only CUDA (NCCL) what is exchanged goes through the memory of ``device``.
+    With a backend that knows only CUDA (NCCL) what is exchanged goes through the memory of ``device``. With gloo nobody
+    asks here whether there is such a device.
     """
 
-    def __init__(self, group: distributed.ProcessGroup, device: torch.device | None):
-        self._group, self._on = group, device
-        self.device = str(device or "cpu")
+    def __init__(self, group: distributed.ProcessGroup, device: str | None):
+        self._group, self.device = group, device or "cpu"
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
 
     def exchange(self, value: Any) -> list[Any]:
@@ -72,7 +72,8 @@ class Ranks:
             distributed.destroy_process_group(self._group)
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self._on) if self._on is not None and self._on.type == "cuda" else nullcontext()
+        on_host = distributed.get_backend(self._group) == "gloo" or not self.device.startswith("cuda")
+        return nullcontext() if on_host else torch.cuda.device(self.device)
 
 
 def join(device: str | None, local: int) -> Ranks:
@@ -88,7 +89,7 @@ def join(device: str | None, local: int) -> Ranks:
     except (RuntimeError, ValueError) as error:
         raise BntoolsError(f"the processes of torchrun cannot reach one another: {said(error)}") from error
     assert distributed.group.WORLD is not None
-    return Ranks(distributed.group.WORLD, torch.device(device or "cpu"))
+    return Ranks(distributed.group.WORLD, device)
 
 
 def ranks(model: Any, group: Any = None) -> Ranks | None:
@@ -107,7 +108,7 @@ def ranks(model: Any, group: Any = None) -> Ranks | None:
             f"torch.distributed.group.WORLD after init_process_group"
         )
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return Ranks(group, next((tensor.device for tensor in tensors), None))
+    return Ranks(group, next((str(tensor.device) for tensor in tensors), None))
 
 
 def world() -> Any:
