@@ -64,17 +64,17 @@ def twice(case: Case) -> None:
     bntools.recalibrate(model, case.batches(case.data), check=False)
     once = stats(model)
     bntools.recalibrate(model, case.batches(case.data), check=False)
-    agree(case, stats(model), once, 0)
+    agree(case, stats(model), once, case.rounding)
     assert len(bntools.reset(model)) == len(once)
     bntools.recalibrate(model, case.batches(case.data), check=False)
-    agree(case, stats(model), once, 0)
+    agree(case, stats(model), once, case.rounding)
 
 
 def virtual_batches(case: Case) -> None:
     """First layers do not depend on memory=, which cuts the data into virtual batches; one of them is all of it."""
     whole = case.measured(case.weights, case.data)
     agree(case, case.measured(case.weights, case.data, memory=1), whole, 1e-5, layers=first_norms(case))
-    agree(case, case.measured(case.weights, case.data, memory=1 << 30), whole, 0)
+    agree(case, case.measured(case.weights, case.data, memory=1 << 30), whole, case.rounding)
 
 
 def precise(case: Case) -> None:
