@@ -139,12 +139,15 @@ def _allowed(memory: int | None, kept: resuming.Checkpoint | None, free: float) 
 
 def _first_ones(given: Any, result: Recalibration, tolerance: float | None) -> Iterator[str]:
     """What to say where a tolerance was reached on samples that nobody has drawn from all."""
-    if tolerance is None or getattr(given, "drawn", True) or given.samples == result.samples:
+    sampler = getattr(given, "sampler", None)  # of a DataLoader of PyTorch
+    in_order = type(sampler).__name__ == "SequentialSampler" or not getattr(given, "drawn", True)
+    there = len(sampler) if in_order and sampler is not None else getattr(given, "samples", None)
+    if tolerance is None or not in_order or there == result.samples:
         return
     yield (
         f"the tolerance was judged by the first {result.samples:,} samples as they come, which were not drawn from "
-        f"all: where the data is sorted they do not stand for it. max_samples= draws from Parquet; shuffle streams and "
-        f"factories"
+        f"all: where the data is sorted they do not stand for it. max_samples= draws from Parquet; shuffle loaders, "
+        f"streams and factories"
     )
 
 

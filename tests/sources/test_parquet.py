@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from picture_files import all_of, expected, png, sorted_rows
+from torch.utils.data import DataLoader, TensorDataset
 
 import bntools
 from bntools import data
@@ -152,6 +153,8 @@ def test_a_tolerance_says_whether_its_samples_stand_for_all(tmp_path, monkeypatc
     assert note.startswith("the tolerance was judged by the first 64 samples as they come")
     assert notes(path, max_samples=100) == []
     assert notes([x[:, None]]) == []
+    loaders = [DataLoader(TensorDataset(torch.tensor(x[:, None])), 64, shuffle=shuffle) for shuffle in (False, True)]
+    assert [len(notes(loader)) for loader in loaders] == [1, 0]
 
 
 def test_little_of_a_large_row_group_is_held(tmp_path, monkeypatch):
