@@ -68,14 +68,15 @@ def _checked(
     reference: Any, candidate: Any, batches: Any, providers: Sequence[Any], tolerance: float | None, forward: Any
 ) -> tuple[Verification, Runner, Trial]:
     """The worst check of the ways to run the candidate; the reference and the candidate to look into if it failed."""
-    truth = _runners(reference, ("cpu",), _forward(reference, candidate, forward))[0]
+    truth, *ways = _runners(reference, ("cpu",), _forward(reference, candidate, forward))
     trials = [Trial(runner) for runner in _runners(candidate, providers, _forward(candidate, reference, forward))]
     batches = backends.fed(candidate, backends.fed(reference, feeding.given(reference, batches)))
     samples = _compare(truth, trials, batches)
+    trials, own = _without_own_faults(trials, truth, ways, samples, tolerance)
     checks = [trial.result(truth, samples, tolerance) for trial in trials]
     worst = max(range(len(checks)), key=lambda i: (not checks[i].passed, checks[i].error))
     check, trial = checks[worst], trials[worst]
-    remarks = dict.fromkeys((*check.notes, *(note for trial in trials for note in trial.runner.notes)))
+    remarks = dict.fromkeys((*check.notes, *own, *(note for trial in trials for note in trial.runner.notes)))
     check = replace(check, notes=tuple(remarks))
     if not check.passed and tolerance is None:
         check = _pardoned(check, truth, trial.worst_batch)
@@ -86,6 +87,23 @@ def _checked(
     elif checks[0].error >= check.error / 2:
         trial = trials[0]
     return check, truth, trial
+
+
+def _without_own_faults(
+    trials: list[Trial], truth: Runner, ways: list[Runner], samples: int, tolerance: float | None
+) -> tuple[list[Trial], list[str]]:
+    """Leave out a way to run the candidate in which the reference itself gives something else; a note says so."""
+    kept, notes = [], []
+    for trial in trials:
+        same = next((way for way in ways if way.where and way.where == trial.runner.where), None)
+        if same is not None and not trial.result(truth, samples, tolerance).passed:
+            own = Trial(same)
+            own.add(trial.worst_batch, truth.run(trial.worst_batch))
+            if not own.result(truth, samples, tolerance).passed:
+                notes.append(f"the reference itself gives something else {same.where}: not compared there")
+                continue
+        kept.append(trial)
+    return kept, notes
 
 
 def _located(check: Verification, truth: Runner, trial: Trial) -> Verification:

@@ -126,7 +126,7 @@ def large_offset(case: Case) -> None:
     case = replace(case, design=_with_first(case.design, norm="both"))
     before, after = (case.measured(case.weights, case.data + c, layers="pre0") for c in (0, np.float32(4096)))
     expected = before | {"pre0": (before["pre0"][0] + 4096, before["pre0"][1])}
-    agree(case, after, expected, 1e-3)  # float32 stores a mean of 4096 to 2.4e-4
+    agree(case, after, expected, 4e-3)  # a mean of 4096 to a millionth of it, as float32 adds up some hundred values
 
 
 def input_channels(case: Case) -> None:
