@@ -117,7 +117,7 @@ def test_half_precision_is_computed_in_double_and_cast_once():
 def test_a_weight_beyond_the_dtype_is_not_stored():
     """A fold that would make a weight infinite in float16 is refused, with the number and the dtype."""
     b = Builder(dtype=np.float16)
-    y = b.bn(b.op("Conv", "x", b.const(b.draw(4, 3, 3, 3) * 3000), name="conv1"), 4, "bn")
+    y = b.bn(b.op("Conv", "x", b.const((b.draw(4, 3, 3, 3) * 3000).astype(np.float16)), name="conv1"), 4, "bn")
     document = backend("onnx").opened(b.model([y]))
     graph = backend("onnx").graph(document, IMAGE.astype(np.float16))
     affine = Affine(np.full(4, 1e3), np.zeros(4))
