@@ -36,7 +36,7 @@ def prior_of_the_same(case: Case) -> None:
     bntools.recalibrate(model, case.batches(case.data), check=False)
     before = stats(model)
     bntools.recalibrate(model, case.batches(case.data), check=False, prior=float(case.random.integers(1, 10**4)))
-    agree(case, stats(model), before)
+    agree(case, stats(model), before, 1e-5)
 
 
 def selection(case: Case) -> None:
@@ -55,7 +55,7 @@ def layer_after_layer(case: Case) -> None:
     model = case.model(case.weights)
     for step in nets.norms(case.design):
         bntools.recalibrate(model, case.batches(case.data), check=False, layers=step.makes)
-    agree(case, stats(model), case.measured(case.weights, case.data))
+    agree(case, stats(model), case.measured(case.weights, case.data), 1e-5)
 
 
 def twice(case: Case) -> None:
@@ -73,7 +73,7 @@ def twice(case: Case) -> None:
 def virtual_batches(case: Case) -> None:
     """First layers do not depend on memory=, which cuts the data into virtual batches; one of them is all of it."""
     whole = case.measured(case.weights, case.data)
-    agree(case, case.measured(case.weights, case.data, memory=1), whole, layers=first_norms(case))
+    agree(case, case.measured(case.weights, case.data, memory=1), whole, 1e-5, layers=first_norms(case))
     agree(case, case.measured(case.weights, case.data, memory=1 << 30), whole, case.rounding)
 
 
