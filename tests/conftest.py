@@ -48,3 +48,12 @@ def _one_thread():
 def _ctrl_c():
     """A shell that starts tests in the background has SIGINT ignored, here and in every process that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of which only the name is another one than the CPU's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("bntools.backends.torch.placing._checked", lambda device: device)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import struct
 import zipfile
 import zlib
 
+import memory_bound
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,9 +21,8 @@ LIMIT_BYTES = 512 << 20
 @pytest.fixture(autouse=True)
 def _bounded():
     """No test here takes memory that it would not take for the bytes there are."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LIMIT_BYTES >> 10
+    with memory_bound.at_most(LIMIT_BYTES):
+        yield
 
 
 def array(shape: str, descr: str = "'<f4'", content: bytes = bytes(64)) -> bytes:

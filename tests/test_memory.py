@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import memory_bound
+import numpy as np
+import pytest
+
 from bntools import memory
 
 
@@ -21,3 +25,12 @@ def test_without_a_limit_the_machine_counts(tmp_path):
     (tmp_path / "memory.current").write_text("400\n")
     assert memory.left_in_container(tmp_path) == memory.UNLIMITED
     assert 0 < memory.available() < memory.UNLIMITED
+
+
+def test_a_bound_sees_what_its_block_takes():
+    """Also beneath a higher peak from before."""
+    np.ones(30 << 20)
+    with pytest.raises(AssertionError, match="MiB were taken"), memory_bound.at_most(50 << 20):
+        np.ones(10 << 20)
+    with memory_bound.at_most(50 << 20):
+        np.ones(1 << 20)

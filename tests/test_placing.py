@@ -14,15 +14,6 @@ from bntools.backends.torch.exported import FROM_FILE
 from bntools.placing import placed
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of which only the name is another one than the CPU's."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr("bntools.backends.torch.placing._checked", lambda device: device)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
-
-
 def images():
     """Two batches of images."""
     return list(np.random.default_rng(0).normal(3, 2, (2, 8, 3, 9, 9)).astype(np.float32))

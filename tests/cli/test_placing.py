@@ -11,15 +11,6 @@ import torch
 import bntools
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of which only the name is another one than the CPU's."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("bntools.backends.torch.placing._checked", lambda device: device)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
-
-
 def statistics(path):
     """The running statistics in a model file."""
     return {k: v for k, v in torch.load(path, weights_only=False).state_dict().items() if "running" in k}
@@ -41,12 +32,12 @@ def test_autocast_measures_what_the_deployment_computes(run, desk):
 def test_a_gpu_is_taken_and_named(run, desk, gpu):
     """Without --device a GPU is used where there is one: one line on stderr says so, and how to do without."""
     found = run("recalibrate model.pt data")
-    assert (found.status, found.err) == (0, "computing on cuda:0 (--device cpu for the CPU)\n")
-    assert json.loads(Path("model.recalibrated.json").read_text())["device"] == "cuda:0"
+    assert (found.status, found.err) == (0, "computing on cuda:1 (--device cpu for the CPU)\n")
+    assert json.loads(Path("model.recalibrated.json").read_text())["device"] == "cuda:1"
     assert run("recalibrate model.pt data --force --device cpu").err == ""
-    assert run("inspect model.pt data").err == "computing on cuda:0 (--device cpu for the CPU)\n"
+    assert run("inspect model.pt data").err == "computing on cuda:1 (--device cpu for the CPU)\n"
     assert run("recalibrate --per-domain model.pt data").status == 0
-    assert json.loads(Path("model.sites/record.json").read_text())["device"] == "cuda:0"
+    assert json.loads(Path("model.sites/record.json").read_text())["device"] == "cuda:1"
 
 
 def test_what_fails_on_a_gpu_that_nobody_asked_for_says_so(run, desk, gpu, monkeypatch):
@@ -58,7 +49,7 @@ def test_what_fails_on_a_gpu_that_nobody_asked_for_says_so(run, desk, gpu, monke
     monkeypatch.setattr(bntools, "recalibrate", fails)
     found = run("recalibrate model.pt data")
     assert found.status == 1
-    assert found.err.endswith("two devices (on cuda:0; --device cpu computes on the CPU)\n")
+    assert found.err.endswith("two devices (on cuda:1; --device cpu computes on the CPU)\n")
 
 
 @pytest.mark.parametrize(

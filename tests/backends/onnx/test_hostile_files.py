@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 
+import memory_bound
 import numpy as np
 import onnx
 import pytest
@@ -20,9 +20,8 @@ LIMIT_BYTES = 512 << 20
 @pytest.fixture(autouse=True)
 def _bounded():
     """No file here takes memory that it does not hold."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LIMIT_BYTES >> 10
+    with memory_bound.at_most(LIMIT_BYTES):
+        yield
 
 
 def computed(nodes, count: int, *constants) -> onnx.ModelProto:
