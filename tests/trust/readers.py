@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -83,12 +84,22 @@ def _stats(path: Path, number: int) -> None:
 
 
 def _keras(path: Path, number: int) -> None:
+    _look_by_copies()
     if number % FULL == 0:
         bntools.inspect(bntools.load(path))
         return
     from bntools.backends.keras import archive
 
     archive.peek(str(path))
+
+
+def _look_by_copies() -> None:
+    from bntools.backends.keras import looking
+
+    if inspect.isfunction(looking.child):
+        from looker import Looker
+
+        looking.child = Looker()
 
 
 def _onnx(path: Path, number: int) -> None:

@@ -6,7 +6,6 @@ the config in an attribute. bntools's own notes go where Keras does not look: th
 
 from __future__ import annotations
 
-import io
 import json
 import lzma
 import math
@@ -23,13 +22,13 @@ from typing import Any
 import h5py
 
 from bntools import sniff
+from bntools.backends.keras import looking
+from bntools.backends.keras.looking import RATIO, SLACK, WEIGHTS
 from bntools.errors import BntoolsError
 
-CONFIG, METADATA, WEIGHTS, WEIGHTS_NPZ = "config.json", "metadata.json", "model.weights.h5", "model.weights.npz"
+CONFIG, METADATA, WEIGHTS_NPZ = "config.json", "metadata.json", "model.weights.npz"
 NOTES = "bntools"  # the key of our notes in the comment of an archive, and the name of our dataset
 MOST_NOTES = 65535  # bytes in the comment of a zip archive
-SLACK = 64 << 20  # bytes: below this nothing is called a bomb
-RATIO = 8  # float weights hardly compress, and Keras does not even try
 LONGEST = 1 << 20  # bytes of JSON beyond the size of the file
 DAMAGES = (  # what zipfile and h5py raise for bytes that are not as they should be
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError,
@@ -58,7 +57,7 @@ def read(path: str) -> Contents:
     """Look into a file. Raises BntoolsError where it is none of Keras's, damaged, or claims to be absurdly large."""
     if Path(path).suffix.lower() == ".keras":
         return _read_archive(path)
-    with hdf5(path) as file:
+    with hdf5(path, first=True) as file:
         check_datasets(path, file)
         updates = notes(_bytes(file[NOTES][()]) if isinstance(file.get(NOTES), h5py.Dataset) else b"")
         version = _attribute(file, "keras_version")
@@ -78,13 +77,15 @@ def read(path: str) -> Contents:
 
 
 @contextmanager
-def hdf5(path: str) -> Iterator[h5py.File]:
-    """An HDF5 file, open for reading; BntoolsError where it is none or damaged."""
+def hdf5(path: str, first: bool = False) -> Iterator[h5py.File]:
+    """An HDF5 file, open for reading; BntoolsError where it is none or damaged. ``first``: nobody has looked yet."""
     if not h5py.is_hdf5(path):
         found = sniff.describe(path)
         found = "a damaged or truncated HDF5 file" if found.startswith("an HDF5 file") else found
         raise BntoolsError(f"{path}: found {found} where a Keras model was expected (HDF5)")
-    with _damaged(path, "HDF5 file"), h5py.File(path, "r") as file:
+    if first:
+        _look(path, "HDF5 file")
+    with _damaged(path, "HDF5 file"), looking.opened(path) as file:
         yield file
 
 
@@ -94,11 +95,7 @@ def weights(path: str) -> Iterator[h5py.File]:
     with _damaged(path, "archive"), zipfile.ZipFile(path) as archive:
         if WEIGHTS not in archive.namelist():
             raise BntoolsError(f"{path}: an archive without {WEIGHTS}")
-        entry = archive.getinfo(WEIGHTS)
-        # Keras stores members uncompressed; going back and forth in one through zipfile would read it again and again.
-        stored = entry.compress_type == zipfile.ZIP_STORED
-        source = _Window(path, entry) if stored else io.BytesIO(archive.read(entry))
-        with source, h5py.File(source, "r") as file:
+        with looking.opened(path) as file:
             yield file
 
 
@@ -158,6 +155,7 @@ def _read_archive(path: str) -> Contents:
         metadata = _object(path, METADATA, _text(path, archive, METADATA)) if METADATA in names else {}
         updates = notes(archive.comment)
     if WEIGHTS in names:
+        _look(path, "archive")
         with weights(path) as file:
             check_datasets(path, file)
     version = metadata.get("keras_version")
@@ -206,6 +204,13 @@ def _datasets(path: str, group: Any, seen: set[Any], prefix: str = "") -> Iterat
             raise BntoolsError(f"{path}: its entry {prefix}{name} is no array or group: not read")
 
 
+def _look(path: str, what: str) -> None:
+    try:
+        looking.look(path)
+    except looking.Unreadable as error:
+        raise BntoolsError(f"{path}: a damaged or truncated {what} ({error})") from error
+
+
 def _object(path: str, what: str, text: str | bytes) -> dict[str, Any]:
     value = loads(path, what, text)
     if not isinstance(value, dict):
@@ -248,39 +253,3 @@ def _damaged(path: str, what: str) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-class _Window(io.RawIOBase):
-    """One uncompressed member of a zip archive as a file of its own."""
-
-    def __init__(self, path: str, entry: zipfile.ZipInfo):
-        self._file = open(path, "rb")  # noqa: SIM115 - closed with the window
-        self._file.seek(entry.header_offset)
-        header = self._file.read(30)  # the local header; its last two numbers are the lengths of name and extra field
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        self._start, self._size = entry.header_offset + 30 + lengths, entry.file_size
-        self._file.seek(self._start)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = max(0, self._start + self._size - self._file.tell())
-        data = self._file.read(min(len(buffer), left))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
-        self._file.seek(self._start + base + offset)
-        return self.tell()
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

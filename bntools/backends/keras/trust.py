@@ -18,7 +18,7 @@ from typing import Any
 import keras
 
 from bntools import imports
-from bntools.backends.keras.contents import RATIO, SLACK
+from bntools.backends.keras.looking import RATIO, SLACK
 from bntools.errors import BntoolsError
 
 OWN = "bntools.backends.keras"

