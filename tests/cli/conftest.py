@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from listing import contents
+from runner import invoked
 
 from bntools.backends.torch.digits import network
-from bntools.cli import digits, main
+from bntools.cli import digits
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def desk(prepared, tmp_path, monkeypatch) -> Path:
 
 def bntools(line: str) -> Outcome:
     """Run ``bntools LINE`` in this process; an exception that is not an exit is a failure of the test."""
-    result = CliRunner().invoke(main, shlex.split(line), prog_name="bntools", catch_exceptions=False)
+    result = invoked(line)
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 

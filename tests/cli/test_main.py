@@ -8,10 +8,10 @@ import sys
 
 import click
 import pytest
-from click.testing import CliRunner
+from runner import invoked
 
 import bntools
-from bntools.cli import COMMANDS, Commands, main
+from bntools.cli import COMMANDS, Commands
 
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "rich", "PIL", "greenlet", "keras", "tensorflow")
 
@@ -134,14 +134,14 @@ def test_errors_end_in_one_line(monkeypatch, error, status, line):
         return click.Command(name, callback=fail)
 
     monkeypatch.setattr(Commands, "get_command", get_command)
-    result = CliRunner().invoke(main, ["inspect"])
+    result = invoked("inspect", catch_exceptions=True)
     assert (result.exit_code, result.stderr, result.stdout) == (status, f"bntools: {line}\n", "")
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
     """An exception that nobody foresaw is not dressed up as a refusal."""
     monkeypatch.setattr(Commands, "get_command", lambda *_: click.Command("inspect", callback=lambda: 1 / 0))
-    assert isinstance(CliRunner().invoke(main, ["inspect"]).exception, ZeroDivisionError)
+    assert isinstance(invoked("inspect", catch_exceptions=True).exception, ZeroDivisionError)
 
 
 def test_out_of_memory_says_what_helps(monkeypatch):
@@ -151,6 +151,6 @@ def test_out_of_memory_says_what_helps(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Commands, "get_command", lambda *_: click.Command("inspect", callback=fail))
-    result = CliRunner().invoke(main, ["inspect"])
+    result = invoked("inspect", catch_exceptions=True)
     assert result.exit_code == 1
     assert "--batch-size" in result.stderr

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import runner
 
 from bntools.cli import COMMANDS
 
@@ -14,14 +17,13 @@ from bntools.cli import COMMANDS
 BARE = {"bntools", "numpy", "click", "rich", "markdown_it", "mdurl", "pygments"}
 # Runs each command line of stdin and prints how it ended, as JSON.
 HIDDEN = f"""
-import json, shlex, sys
+import json, sys
 from importlib.metadata import packages_distributions
 for name in set(packages_distributions()) - {BARE!r}:
     sys.modules[name] = None  # importing it is a ModuleNotFoundError
-from click.testing import CliRunner
-from bntools.cli import main
+from runner import invoked
 for line in sys.stdin.read().splitlines():
-    ended = CliRunner().invoke(main, shlex.split(line), prog_name="bntools")
+    ended = invoked(line, catch_exceptions=True)
     bug = None if ended.exception is None or isinstance(ended.exception, SystemExit) else repr(ended.exception)
     print(json.dumps([ended.exit_code, ended.stderr, bug]))
 """
@@ -52,7 +54,13 @@ def ended(tmp_path_factory) -> dict[str, tuple[int, str, str | None]]:
         (folder / name).write_bytes(b"something")
     lines = [*(line for line, _ in LINES), "demo", "--help", *(f"{command} --help" for command in COMMANDS)]
     done = subprocess.run(
-        [sys.executable, "-c", HIDDEN], input="\n".join(lines), cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", HIDDEN],
+        input="\n".join(lines),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(runner.__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=True))

@@ -147,6 +147,7 @@ def outcomes(reader: str, start: int, stop: int, folder: Path, channel: Any = No
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import warnings
 
+    import packaging.version  # noqa: F401 - PyTorch 2.9 imports it late
     import torch
 
     torch.set_num_threads(1)

@@ -10,11 +10,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from runner import invoked
 
 import bntools
 from bntools.backends.keras.found import write
-from bntools.cli import main
 
 tf = pytest.importorskip("tensorflow")
 X = np.random.default_rng(0).normal(size=(4, 4, 4, 3)).astype("float32")
@@ -138,7 +137,7 @@ def test_commands_take_the_folder(place, monkeypatch):
         ("verify model.recalibrated model.onnx x.npy", "verified on 4 samples"),
     )
     for line, said in lines:
-        outcome = CliRunner().invoke(main, line.split(), catch_exceptions=False)
+        outcome = invoked(line)
         assert (outcome.exit_code, said in outcome.stdout) == (0, True), (line, outcome.output)
 
 
