@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bntools import backends, sniff
 from bntools.errors import BntoolsError
 from bntools.files import State, state
 from bntools.reading import Reading
+from bntools.rows import Rows, changed
 
 SLACK, RATIO = 64 << 20, 200  # bytes, and how far arrays may be compressed beyond them
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
@@ -29,7 +30,7 @@ class Arrays:
     are.
     """
 
-    content: np.ndarray | dict[str, np.ndarray]
+    content: np.ndarray | Rows | dict[str, np.ndarray]
     reading: Reading
     order: np.ndarray
     total: int
@@ -77,7 +78,6 @@ class Arrays:
         return holds_images(self._named[name]) and self.reading.scales(name)
 
     def _taken(self, name: str, chosen: np.ndarray) -> np.ndarray:
-        self._check_unchanged()  # before, for memory mapped from a file that was cut short ends the process
         rows = self._named[name][chosen]
         self._check_unchanged()
         return np.divide(rows, np.float32(255), dtype=np.float32) if self._scaled(name) else np.asarray(rows)
@@ -89,7 +89,7 @@ class Arrays:
         path, before = self.file
         now = state(path)
         if now is not None and before is not None and now[0] == before[0] and now != before:
-            raise BntoolsError(f"{path}: was changed while it was read: begin again when it is written to its end")
+            raise changed(path)
 
     def _normalized(self, batch: np.ndarray) -> np.ndarray:
         if not self._channels_last:
@@ -101,7 +101,7 @@ class Arrays:
         return self.reading.channels_last and not isinstance(self.content, dict) and self.content.ndim == 4
 
     @property
-    def _named(self) -> dict[str, np.ndarray]:
+    def _named(self) -> Mapping[str, np.ndarray | Rows]:
         return self.content if isinstance(self.content, dict) else {"": self.content}
 
 
@@ -123,9 +123,10 @@ def read(path: Path, reading: Reading) -> Arrays:
     check_options(path, content, reading)
     total = next(iter(lengths.values()))
     order = np.random.default_rng(reading.seed).permutation(total)
-    found = Arrays(content, reading, order[: reading.max_samples], total, (path, before))
-    found._check_unchanged()
-    return found if isinstance(content, np.memmap) else replace(found, file=None)
+    if state(path) != before:
+        raise changed(path)
+    file = (path, before) if isinstance(content, Rows | np.memmap) else None
+    return Arrays(content, reading, order[: reading.max_samples], total, file)
 
 
 def check_options(path: Path | str, content: Any, reading: Reading) -> None:
@@ -160,7 +161,7 @@ def check_options(path: Path | str, content: Any, reading: Reading) -> None:
         reading.check_channels(str(path), shape[axis])
 
 
-def holds_images(array: np.ndarray) -> bool:
+def holds_images(array: np.ndarray | Rows) -> bool:
     """Whether an array is taken as 8-bit images."""
     return array.dtype == np.uint8 and array.ndim == 4
 
@@ -171,7 +172,9 @@ def _loaded(path: Path) -> Any:
         return backends.of_path(path).arrays(str(path))
     try:
         if suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            # In Fortran's order a row lies in pieces, one a number: these stay mapped.
+            return Rows(path, mapped) if mapped.size and mapped.ndim and mapped.flags.c_contiguous else mapped
         _check_claims(path)
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
@@ -205,8 +208,8 @@ def _check_claims(path: Path) -> None:
 
 
 def _check(path: Path, name: str, array: Any) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+    if not isinstance(array, np.ndarray | Rows) or array.dtype.kind not in "fiub":
+        kind = array.dtype if isinstance(array, np.ndarray | Rows) else type(array).__name__
         raise BntoolsError(f"{path}: {name} holds {kind}; expected an array of numbers")
     if not array.ndim:
         raise BntoolsError(f"{path}: {name} is a single number; expected an array whose first axis counts samples")

@@ -15,6 +15,7 @@ from torch import nn
 
 import bntools
 from bntools import BntoolsError, datafiles, files
+from bntools.rows import Rows
 from bntools.swapping import atomic_folder
 
 
@@ -171,6 +172,27 @@ def test_numbers_that_change_while_they_are_read(tmp_path):
                 file.write(b"another")
         with pytest.raises(BntoolsError, match=rf"{change}\.npy: was changed while it was read"):
             list(batches)
+
+
+def test_an_array_that_is_cut_between_a_look_and_a_read(tmp_path):
+    """Rows that are gone when they are read are a refusal: mapped into memory they would end the process."""
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((64, 1000), np.float32))
+    rows = Rows(path, np.load(path, mmap_mode="r"))
+    os.truncate(path, 5000)
+    assert rows[np.arange(1)].sum() == 1000
+    with pytest.raises(BntoolsError, match=r"a\.npy: was changed while it was read"):
+        rows[np.arange(4)]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 2, 1, 3)])
+def test_rows_of_an_array_on_the_disk(tmp_path, shape, order):
+    """Are those of the array, in whatever order it lies there."""
+    path, array = tmp_path / "a.npy", np.random.default_rng(0).normal(size=shape).astype(">f4", order=order)
+    np.save(path, array)
+    given = np.concatenate([np.asarray(batch) for batch in bntools.data.open(path, batch_size=3)])
+    assert sorted(map(bytes, given)) == sorted(map(bytes, array.astype(given.dtype)))
 
 
 def test_an_array_that_is_replaced_is_read_to_its_end(tmp_path):
