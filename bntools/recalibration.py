@@ -14,6 +14,7 @@ import numpy as np
 from bntools import agreement, backends, feeding, resuming
 from bntools.batches import Batch, Source, is_repeatable
 from bntools.course import convergence
+from bntools.data import Data
 from bntools.errors import BntoolsError
 from bntools.interrupts import uninterrupted
 from bntools.layer import BatchNorm, Selection, distance
@@ -124,9 +125,8 @@ def recalibrate(
                 kept.skip(source)
             result = _recalibrated(job, method, source, batches, tolerance, check)
         result.untouched.update(untouched)
-        result.notes.extend(
-            [*notes, *_first_ones(given, result, tolerance), *(kept.finish() if kept is not None else ())]
-        )
+        result.notes.extend([*notes, *_read_again(given, result), *_first_ones(given, result, tolerance)])
+        result.notes.extend(kept.finish() if kept is not None else ())
         return result
 
 
@@ -135,6 +135,13 @@ def _allowed(memory: int | None, kept: resuming.Checkpoint | None, free: float) 
     if memory is not None:
         return memory
     return free / 2 if kept is None or kept.memory is None else kept.memory
+
+
+def _read_again(given: Any, result: Recalibration) -> Iterator[str]:
+    """What to say where the residual was measured on data that may have come otherwise the second time."""
+    same = isinstance(given, Data) and given.samples is not None
+    if result.residual is not None and result.virtual_batches != 1 and not same:
+        yield "the residual was measured on a second reading of the data; a shuffled loader may differ"
 
 
 def _first_ones(given: Any, result: Recalibration, tolerance: float | None) -> Iterator[str]:
@@ -178,7 +185,8 @@ def _recalibrated(
         convergence=convergence(measured.courses, job.stds(measured), measured.samples),
         _restore=job.undo,
     )
-    result.notes.extend(_reading_notes(passes, again) if check else ())
+    if check and again is None:
+        result.notes.append("the residual was not measured: the data can be read only once, and not all of it was kept")
     result.notes.extend(remarks(result, measured, tolerance, job.prior))
     return result
 
@@ -223,13 +231,6 @@ def _again(job: Job, measured: Measured, passes: int, batches: Any, samples: int
     if passes == 1:
         return iter(measured.batches)
     return iter(Source(batches, samples)) if all(job.group.gather(is_repeatable(batches))) else None
-
-
-def _reading_notes(passes: int, again: Iterator[Batch] | None) -> Iterator[str]:
-    if again is None:
-        yield "the residual was not measured: the data can be read only once, and not all of it was kept"
-    elif passes != 1:
-        yield "the residual was measured on a second reading of the data; a shuffled loader may differ"
 
 
 def _residuals(job: Job, measured: Measured, again: Iterator[Batch]) -> dict[str, float]:

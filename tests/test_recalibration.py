@@ -469,6 +469,16 @@ def test_a_generator_too_large_for_memory_leaves_the_residual_unmeasured():
     assert bntools.recalibrate(models.cnn(), (b for b in images().split(2))).residual < 1e-6
 
 
+def test_what_is_read_a_second_time_may_be_another_order(tmp_path):
+    """Of loaders and generators that is said; files come in the same order again."""
+    np.save(tmp_path / "a.npy", images(48).numpy())
+    batches = images(48).split(2)
+    for data, said in ((bntools.data.open(tmp_path / "a.npy", batch_size=2), False), (batches, True)):
+        result = bntools.recalibrate(models.cnn(), data, memory=30_000)
+        assert result.virtual_batches > 1
+        assert any("second reading" in note for note in result.notes) == said
+
+
 def test_tolerance_stops_when_the_mean_is_known_well_enough():
     """The standard error, with samples as units, is below the tolerance after a share of the data."""
     torch.manual_seed(0)
