@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+import results
 from faultcases import CASES, Case, contents, prepare, run
 
 CHANGING = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.symlink"}
+TRIES = 240  # for each verb in a run that is kept
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -236,6 +238,9 @@ def group(cases: list[Case], folder: Path, tries: int, seed: int) -> int:
             f"{tally.again:6} {len(tally.wrong):6}  {states} ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
+        if tries >= TRIES:
+            name = f"{case.verb}, {case.name}"
+            results.keep("faults", name, tally.steps, tally.killed, tally.again, len(tally.wrong))
         for what in tally.wrong[:5]:
             print(f"    {what}")
         wrong += len(tally.wrong)
@@ -246,7 +251,7 @@ def main() -> int:
     """Each framework in a process of its own; the exit status is 1 where something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(case.name for case in CASES)}")
-    parser.add_argument("--tries", type=int, default=240, help="killed for each verb, shared among its cases")
+    parser.add_argument("--tries", type=int, default=TRIES, help="killed for each verb, shared among its cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--framework", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -26,7 +26,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import results
+
 READERS = ("pt", "pt2", "safetensors", "stats", "keras", "onnx", "images", "arrays", "tar", "parquet")
+WHOLE = 100_000  # inputs a reader in a run that is kept
 SLOW = {"pt2": 20}  # readers that get one of so many inputs: PyTorch takes 50 ms to look at one program
 CHUNK = 5000  # inputs a worker process
 LIMIT_S = 20  # an input
@@ -42,7 +45,7 @@ def main() -> int:
     """Fuzz the readers named, and say what came of it; 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; all by default")
-    parser.add_argument("-n", type=int, default=100_000, help="inputs a reader (default: %(default)s)")
+    parser.add_argument("-n", type=int, default=WHOLE, help="inputs a reader (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first input (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default: %(default)s)")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir(), "bntools-fuzz"), help="for findings")
@@ -93,6 +96,9 @@ def fuzzed(reader: str, given: argparse.Namespace) -> int:
     )
     for kind, numbers in sorted(findings.items(), key=lambda item: -len(item[1])):
         print(f"  {len(numbers):6,} x {kind}\n           e.g. inputs {numbers[:4]}, kept in {given.keep}", flush=True)
+    if given.n >= WHOLE:
+        counts = (done, *(tally[kind] for kind in ("read", "refused", "finding")))
+        results.keep("fuzz", reader, *(f"{count:,}" for count in counts))
     return len(findings)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import environments
 from environments import ROOT
+from results import keep
 
 HERE = Path(__file__).parent
 ROWS = {"oldest-3.11": "3.11", "pinned-3.11": "3.11", "newest-3.12": "3.12", "newest-3.13": "3.13"}
@@ -35,15 +36,16 @@ def main() -> int:
     lines = ["| row | versions | result |", "|---|---|---|"]
     failed = False
     for row in asked.rows or ROWS:
-        status, line = _run(row, asked.pytest.split(), (asked.logs / f"{row}.txt").resolve())
+        status, versions, result = _run(row, asked.pytest.split(), (asked.logs / f"{row}.txt").resolve())
         failed |= status != 0
-        lines.append(line)
-        print(line, flush=True)
+        lines.append(f"| {row} | {versions} | {result} |")
+        print(lines[-1], flush=True)
+        keep("matrix", row, versions, result)
     print("\n".join(["", *lines]))
     return int(failed)
 
 
-def _run(row: str, arguments: list[str], log: Path) -> tuple[int, str]:
+def _run(row: str, arguments: list[str], log: Path) -> tuple[int, str, str]:
     with tempfile.TemporaryDirectory(prefix="bntools-matrix-") as name:
         folder = Path(name)
         source, scratch = folder / "source", folder / "tmp"
@@ -60,7 +62,7 @@ def _run(row: str, arguments: list[str], log: Path) -> tuple[int, str]:
             done = subprocess.run(command, cwd=source, env=environment, stdout=file, stderr=file, check=False)
         ends = ENDED.findall(log.read_text())
         result = ends[-1].strip(" =") if ends else f"exit status {done.returncode}, see {log}"
-        return done.returncode, f"| {row} | {_versions(python)} | {result} |"
+        return done.returncode, _versions(python), result
 
 
 def constraints(row: str) -> list[str]:

@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import psutil
 import torch
+from results import keep
 from torch import nn
 
 import bntools
@@ -69,6 +70,7 @@ def same_whatever_count(folder: Path) -> None:
             gap = np.abs(statistics(folder / "many.pt") - statistics(folder / "one.pt")).max()
             print(f"{data}, N={count}: largest difference to one process {gap:.1e} standard deviations", flush=True)
             assert gap < 1e-6
+            keep("torchrun", f"{data}, N={count}", f"{gap:.1e} standard deviations from one process, at most")
 
 
 def one_message(folder: Path) -> None:
@@ -99,6 +101,7 @@ def one_message(folder: Path) -> None:
         assert len(said) == 1, log.read_text()
         assert not any(rank.is_running() for rank in ranks.values())
         assert set(folder.iterdir()) - before <= {log}
+        keep("torchrun", what, "the job ended with one message and left nothing")
 
 
 def duration(folder: Path, count: int) -> float:
@@ -114,6 +117,7 @@ def ratio(folder: Path) -> None:
     pairs = [(duration(folder, 1), duration(folder, 2)) for _ in range(3)]
     one, two = (median(times) for times in zip(*pairs, strict=True))
     print(f"eight layers, 1,500 samples 3x96x96: {one:.1f} s in one process, {two:.1f} s in two: {two / one:.2f}")
+    keep("torchrun", "time", f"two processes of one thread take {two / one:.2f} x that of one (medians of 3 in turns)")
 
 
 def main() -> None:
