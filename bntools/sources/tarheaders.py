@@ -72,6 +72,11 @@ def members(path: Path, descriptor: int, length: int) -> Iterator[Member]:
         raise BntoolsError(f"{path}: no tar archive, but {sniff.described(os.pread(descriptor, BLOCK, 0))}")
 
 
+def has_end(descriptor: int, length: int) -> bool:
+    """Whether an open tar file of so many bytes has its end, blocks of zeros, and was not cut between two members."""
+    return not os.pread(descriptor, BLOCK, max(0, length - BLOCK)).strip(b"\0")
+
+
 def _problem(kind: bytes, name: str, sparse: bool, beyond: bool) -> str:
     if sparse or kind not in FILES:
         return f"{'a sparse file' if sparse else KINDS.get(kind, 'of an unknown kind')}, not an ordinary member"

@@ -100,6 +100,9 @@ def _indexed(path: Path) -> Shard:
         members = tarheaders.members(path, descriptor, shard.stamp[0])
         for _, group in groupby(filter(_is_visible, members), _key):
             _add(shard, list(group))
+        if not shard.refused and not tarheaders.has_end(descriptor, shard.stamp[0]):
+            bad = images.Unreadable(-1, os.path.join(path.parent, ""), path.name, "it has no end: more may be missing")
+            shard.refused.append(bad)
         return shard
     finally:
         os.close(descriptor)

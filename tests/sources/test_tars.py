@@ -79,10 +79,16 @@ def test_a_shard_cut_short_gives_what_is_whole(tmp_path):
     path = files.tar(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(3)})
     with tarfile.open(path) as archive:
         last = archive.getmembers()[-1]
-    path.write_bytes(path.read_bytes()[: last.offset_data + 20])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: last.offset_data + 20])
     found = data.open(path)
     np.testing.assert_array_equal(sorted_rows(all_of(found)), expected(range(2)))
     assert skipped(found) == {"2.png": "the archive ends in the middle of it"}
+    path.write_bytes(whole[: last.offset])  # between two members
+    found = data.open(path)
+    np.testing.assert_array_equal(sorted_rows(all_of(found)), expected(range(2)))
+    assert found.skipped == 1
+    assert "a.tar: it has no end: more may be missing" in found.description
 
 
 def test_a_size_beyond_all_bounds(tmp_path):
