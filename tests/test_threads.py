@@ -198,13 +198,24 @@ class Rows(torch.utils.data.Dataset):
         return torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(index))
 
 
+class Loader(torch.utils.data.DataLoader):
+    """One at a time forks its workers: two forks at once are refused by filelock, where something has imported that."""
+
+    forking = threading.Lock()
+
+    def __iter__(self):
+        with self.forking:
+            return super().__iter__()
+
+
 # from Python 3.12 on; the loader forks where its iterator is made
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_workers_of_a_loader():
     """Batches from forked worker processes, in two threads at once, give what the loader without workers gives."""
-    loaders = [torch.utils.data.DataLoader(Rows(), batch_size=4, num_workers=workers) for workers in (2, 2, 0)]
+    loaders = [Loader(Rows(), batch_size=4, num_workers=workers) for workers in (2, 2, 0)]
     models = [net(0) for _ in loaders]
-    at_once(*(lambda pair=pair: bntools.recalibrate(*pair) for pair in zip(models[:2], loaders[:2], strict=True)))
+    jobs = [lambda pair=pair: bntools.recalibrate(*pair) for pair in zip(models[:2], loaders[:2], strict=True)]
+    assert [getattr(result, "samples", result) for result in at_once(*jobs)] == [12, 12]
     bntools.recalibrate(models[2], loaders[2])
     assert np.array_equal(stats(models[0]), stats(models[2]))
     assert np.array_equal(stats(models[1]), stats(models[2]))

@@ -31,7 +31,7 @@ class Watch:
         sys.addaudithook(self.hook)
 
     def hook(self, event, arguments):
-        looking_first = event == "subprocess.Popen" and looking.__file__ in arguments[1]
+        looking_first = event in ("subprocess.Popen", "os.posix_spawn") and looking.__file__ in arguments[1]
         if self.on and ((event in EVENTS and not looking_first) or (event == "open" and "canary" in str(arguments[0]))):
             self.seen.append((event, arguments))
 
