@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from bntools.errors import BntoolsError
 
+
+class _Claim:
+    """That a thread has some parts of models; None once it has let go of them."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = threading.get_ident()
+
+
 _lock = threading.RLock()
-_users: dict[Hashable, int] = {}  # part of a model -> the thread that has it, as many times as is counted here
-_times: Counter[Hashable] = Counter()
+# Part of a model -> who has it. A claim goes with the block that made it, also where Ctrl-C kept that from letting go.
+_claims: WeakValueDictionary[Hashable, _Claim] = WeakValueDictionary()
 
 
 @contextmanager
 def alone(parts: set[Hashable]) -> Iterator[None]:
-    """Have these parts of a model for this thread alone, as often as it likes.
+    """Have these parts of a model for this thread alone; blocks inside of the block may ask for them again.
 
     Raises BntoolsError at once where another thread has one of them.
     """
     with _lock:
         check(parts)
-        _times.update(parts)
-        _users.update(dict.fromkeys(parts, threading.get_ident()))
+        claim = _Claim()
+        _claims.update({part: claim for part in parts if _holder(part) is None})
     try:
         yield
     finally:
-        with _lock:
-            _times.subtract(parts)
-            for part in parts:
-                if not _times[part]:
-                    del _times[part], _users[part]
+        claim.thread = None
 
 
 def check(parts: set[Hashable]) -> None:
     """Raise BntoolsError where another thread has one of these parts."""
     with _lock:
-        taken = [part for part in parts & _users.keys() if _users[part] != threading.get_ident()]
+        taken = any(_holder(part) not in (None, threading.get_ident()) for part in parts)
     if taken:
         raise BntoolsError(
             "bntools is at work on this model, or on a part of it, in another thread: wait for that, or give each "
             "thread a copy of its own (copy.deepcopy)"
         )
+
+
+def _holder(part: Hashable) -> int | None:
+    claim = _claims.get(part)
+    return None if claim is None else claim.thread

@@ -17,7 +17,6 @@ from torch import nn
 
 import bntools
 from bntools import BntoolsError
-from bntools import alone as alone_home
 from bntools.alone import alone
 
 
@@ -169,25 +168,37 @@ def test_a_model_that_serves_while_it_is_recalibrated_says_so():
     assert "run the model itself elsewhere (copy.deepcopy) while it is recalibrated" in str(raised[0])
 
 
+def taken(part: int) -> Any:
+    """What another thread hears that wants this part: None, or that somebody has it."""
+
+    def take() -> None:
+        with alone({part}):
+            pass
+
+    return at_once(take)[0]
+
+
 def test_a_part_is_free_again_whatever_happened():
     """After a verb that raises, and after one inside another, other threads may have the model."""
     model = net(0)
     with pytest.raises(BntoolsError, match="no samples"):
         bntools.recalibrate(model, [])
-
-    def taken() -> Any:
-        def take() -> None:
-            with alone({3}):
-                pass
-
-        return at_once(take)[0]
-
+    assert at_once(lambda: bntools.recalibrate(model, [torch.ones(2, 3, 12, 12)]).samples) == [2]
     with alone({1, 2}):
         with alone({2, 3}):
-            assert isinstance(taken(), BntoolsError)
-        assert taken() is None
-    assert not alone_home._users
-    assert not alone_home._times
+            assert isinstance(taken(3), BntoolsError)
+        assert taken(3) is None
+        assert isinstance(taken(2), BntoolsError)
+    assert taken(2) is None
+
+
+def test_a_part_is_free_again_where_letting_go_was_interrupted():
+    """Ctrl-C on the way out of a block: nothing of it has run, and the block is gone."""
+    block = alone({1, 2})
+    block.__enter__()
+    assert isinstance(taken(2), BntoolsError)
+    del block
+    assert taken(2) is None
 
 
 class Rows(torch.utils.data.Dataset):
