@@ -37,7 +37,7 @@ FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 BUILTIN_FUNCTIONS = ("torch", "torch._C._nn")
 DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error)  # of zipfile's
 LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-LEGACY_PICKLES = 4  # one after the other: the magic number, the protocol, facts of the system, the object
+LEGACY_PICKLES = 5  # one after the other: the magic number, the protocol, facts of the system, the object, its storages
 SLACK = 64 << 20  # bytes: below this no archive is called a bomb
 LONGEST_TEXT = 1 << 20  # bytes beyond the size of the file; torch.save does not compress them
 RATIO = 8  # float weights hardly compress, and torch.save does not even try

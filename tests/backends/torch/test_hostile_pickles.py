@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickletools
 import struct
 import sys
 import time
@@ -158,6 +160,20 @@ def test_bombs_end_in_words(tmp_path, kind, form):
         with pytest.raises(BntoolsError):
             data.open(path)
     assert time.monotonic() - began < LIMIT_S
+
+
+def test_a_bomb_behind_the_object(tmp_path):
+    """A file of the old format ends with a list of its storages, a pickle like the others."""
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with path.open("rb") as file:
+        for _ in range(4):
+            pickletools.dis(file, io.StringIO())
+        before = file.tell()
+    path.write_bytes(path.read_bytes()[:before] + BOMBS["a string of 4 GiB"])
+    for reading in (lambda: bntools.load(path, arch=lambda: nn.BatchNorm1d(4)), lambda: data.open(path)):
+        with pytest.raises(BntoolsError, match="expected 4294967295 bytes"):
+            reading()
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # of PyTorch 2.15, where it loads
