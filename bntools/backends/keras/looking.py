@@ -57,7 +57,11 @@ def look(path: str) -> None:
 
 def child(path: str, seconds: int) -> list[str]:
     """What a child says of a file: BEGUN, and how it ended if it came so far; nothing where it could not begin."""
-    command = [sys.executable or "", "-I", "-S", __file__, json.dumps(sys.path), path, str(seconds)]
+    if getattr(sys, "frozen", False) or "python" not in os.path.basename(sys.executable or "").lower():
+        return []  # another program, which would start itself
+    # Not from where we happen to be: files from strangers may lie there.
+    places = [place for place in sys.path if isinstance(place, str) and os.path.isabs(place)]
+    command = [sys.executable, "-I", "-S", __file__, json.dumps(places), path, str(seconds)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,

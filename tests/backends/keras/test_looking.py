@@ -94,12 +94,13 @@ def test_whole_files_pass(saved, tmp_path, monkeypatch):
             new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", ["", ".", tmp_path, *sys.path])
     for path in [*saved.iterdir(), tmp_path / "chunked.h5", tmp_path / "packed.keras"]:
         assert looking.child(str(path), 5) == [looking.BEGUN, looking.WHOLE]
     assert not os.path.exists("canary")
 
 
-@pytest.mark.parametrize("interpreter", ["", "/nowhere/python", "/bin/false"])
+@pytest.mark.parametrize("interpreter", [None, "", "/nowhere/python", "/bin/false"])
 def test_without_a_child_files_are_read_all_the_same(saved, monkeypatch, interpreter):
     """A program that embeds Python has no interpreter to start."""
     monkeypatch.setattr(sys, "executable", interpreter)
