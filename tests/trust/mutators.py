@@ -6,6 +6,7 @@ to blind changes.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickletools
@@ -62,6 +63,8 @@ def archive(members: Callable[[str], Mutator]) -> Mutator:
             with zipfile.ZipFile(io.BytesIO(data)) as file:
                 entries = [(entry.filename, file.read(entry)) for entry in file.infolist()]
         except Exception:  # of a file that was damaged before
+            entries = []
+        if not entries:
             return blind(data, rng)
         place = rng.randrange(len(entries)) if rng.random() < 0.5 else _largest_by_interest(entries, rng)
         name, content = entries[place]
@@ -210,7 +213,7 @@ def _changed(value: object, rng: random.Random) -> object:
                 holders.append((one, key))  # type: ignore[arg-type]
                 pending.append(inner)
         if not holders:
-            return rng.choice(JSON_VALUES)
+            return copy.deepcopy(rng.choice(JSON_VALUES))
         _change_one(*rng.choice(holders), holders, rng)
     return value
 
@@ -233,7 +236,7 @@ def _change_one(holder: dict | list, key: object, holders: list, rng: random.Ran
     elif kind == 4 and isinstance(old, (int, float)):
         holder[key] = rng.choice((old + 1, old - 1, old * 2, -old, old * 1.5, str(old), *SIGNED))  # type: ignore[index]
     else:
-        holder[key] = rng.choice(JSON_VALUES)  # type: ignore[index]
+        holder[key] = copy.deepcopy(rng.choice(JSON_VALUES))  # type: ignore[index]
 
 
 def safetensors(data: bytes, rng: random.Random) -> bytes:
