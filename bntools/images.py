@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from bntools import sniff
 from bntools.errors import BntoolsError
-from bntools.sources.parts import Part
+from bntools.sources.parts import Part, opened
 
 SLACK, RATIO = 8 << 20, 100  # pixels that any file may have, and those of a larger one for each byte of it
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -120,11 +120,6 @@ def decode(entry: Entry, channels: int, size: tuple[int, int]) -> tuple[np.ndarr
 def _opened(entry: Entry) -> Iterator[Image.Image]:
     if isinstance(entry.content, Image.Image):
         yield entry.content.copy()  # the user's own, which must not be turned or closed
-    elif entry.content is None:
-        path = Path(entry.place + entry.name)
-        _check_regular(path)
-        with Image.open(path) as image:
-            yield image
     else:
         with bytes_of(entry) as file, Image.open(file) as image:
             yield image
@@ -136,7 +131,9 @@ def bytes_of(entry: Entry) -> BinaryIO:
         return entry.content.open()
     if isinstance(entry.content, bytes):
         return BytesIO(entry.content)
-    return open(entry.place + entry.name, "rb")
+    path = Path(entry.place + entry.name)
+    _check_regular(path)
+    return opened(path)
 
 
 def _check_regular(path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from bntools import BntoolsError, data
+from bntools.sources import parts
 
 LIMIT_BYTES = 512 << 20
 
@@ -128,3 +129,15 @@ def test_arrays_that_never_end(tmp_path, kind, suffix):
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     with pytest.raises(BntoolsError):
         data.open(path)
+
+
+def test_a_length_that_a_file_claims_is_not_made_room_for(tmp_path):
+    """Readers of images ask for as many bytes as a chunk is said to have: they get what is there."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"0123456789")
+    with parts.opened(path) as file, parts.Part(path, 2, 6, parts.stamp(file.fileno())).open() as part:
+        assert file.read(4) + file.read(1 << 40) == b"0123456789"
+        assert part.read(1 << 40) == b"234567"
+        assert part.read(1 << 40) == b""
+        part.seek(4)
+        assert part.read() == b"67"

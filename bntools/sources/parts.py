@@ -24,14 +24,30 @@ class Part:
 
     def open(self) -> BinaryIO:
         """The bytes as a file. Raises BntoolsError where the file that holds them is another by now."""
-        raw = _Window(self)
-        return cast(BinaryIO, io.BufferedReader(raw))
+        return cast(BinaryIO, _Bounded(_Window(self), self.size))
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file that is read like a part that is all of it."""
+    raw = io.FileIO(path)
+    return cast(BinaryIO, _Bounded(raw, os.fstat(raw.fileno()).st_size))
 
 
 def stamp(descriptor: int) -> Stamp:
     """What tells an open file from the same file after somebody wrote to it."""
     status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
+
+
+class _Bounded(io.BufferedReader):
+    """A reader that asks for no more memory than there are bytes; others take what a damaged length claims."""
+
+    def __init__(self, raw: io.RawIOBase, size: int):
+        super().__init__(raw)
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, max(0, self._size - self.tell())))
 
 
 class _Window(io.RawIOBase):
