@@ -29,7 +29,7 @@ from typing import Any
 import results
 
 READERS = ("pt", "pt2", "safetensors", "stats", "keras", "onnx", "images", "arrays", "tar", "parquet")
-WHOLE = 100_000  # inputs a reader in a run that is kept
+WHOLE, KEPT = 100_000, 20_000  # inputs a reader; a run of fewer than KEPT is a try
 SLOW = {"pt2": 20}  # readers that get one of so many inputs: PyTorch takes 50 ms to look at one program
 CHUNK = 5000  # inputs a worker process
 LIMIT_S = 20  # an input
@@ -96,7 +96,7 @@ def fuzzed(reader: str, given: argparse.Namespace) -> int:
     )
     for kind, numbers in sorted(findings.items(), key=lambda item: -len(item[1])):
         print(f"  {len(numbers):6,} x {kind}\n           e.g. inputs {numbers[:4]}, kept in {given.keep}", flush=True)
-    if given.n >= WHOLE:
+    if given.n >= KEPT:
         counts = (done, *(tally[kind] for kind in ("read", "refused", "finding")))
         results.keep("fuzz", reader, *(f"{count:,}" for count in counts))
     return len(findings)
