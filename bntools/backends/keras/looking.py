@@ -24,9 +24,9 @@ if __name__ == "__main__":
 import h5py
 
 WEIGHTS = "model.weights.h5"  # in a .keras archive
-SECONDS = 5  # of computing, and one more for each PER_SECOND bytes of the file; a look takes milliseconds
+SECONDS = 3  # of computing, and one more for each PER_SECOND bytes of the file; a look takes milliseconds
 PER_SECOND = 20 << 20
-WAITING = 12  # times as long a slow disk or a busy machine may take
+WAITING = 20  # times as long a slow disk or a busy machine may take
 ROOM = 1 << 30  # bytes of address space that the look may add
 SLACK = 64 << 20  # bytes: below this nothing is called a bomb
 RATIO = 8  # float weights hardly compress, and Keras does not even try
@@ -46,7 +46,7 @@ def look(path: str) -> None:
     try:
         told = child(path, seconds)
     except subprocess.TimeoutExpired:
-        raise Unreadable(f"HDF5's library does not come to an end in {seconds * WAITING} s") from None
+        raise Unreadable(f"HDF5's library does not come to an end in {seconds * WAITING:g} s") from None
     except OSError:
         return
     if told == [BEGUN]:
@@ -133,7 +133,9 @@ def _limit(seconds: int) -> None:
         import resource
     except ImportError:  # on Windows
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    used = resource.getrusage(resource.RUSAGE_SELF)  # to begin with
+    end = seconds + math.ceil(used.ru_utime + used.ru_stime)
+    resource.setrlimit(resource.RLIMIT_CPU, (end, end))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if os.path.exists("/proc/self/statm"):  # on Linux; elsewhere the address space says little
         with open("/proc/self/statm") as file:

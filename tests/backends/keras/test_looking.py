@@ -76,7 +76,7 @@ def test_a_child_that_is_never_done_is_left(saved, monkeypatch, tmp_path):
     script.write_text("import time; print('begun', flush=True); time.sleep(60)")
     monkeypatch.setattr(looking, "__file__", str(script))
     monkeypatch.setattr(looking, "WAITING", 0.1)
-    with pytest.raises(BntoolsError, match=r"does not come to an end in 0\.5 s"):
+    with pytest.raises(BntoolsError, match=r"does not come to an end in 0\.3 s"):
         backend("keras").peek(str(saved / "model.h5"))
 
 
