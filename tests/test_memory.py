@@ -29,8 +29,8 @@ def test_without_a_limit_the_machine_counts(tmp_path):
 
 def test_a_bound_sees_what_its_block_takes():
     """Also beneath a higher peak from before."""
-    np.ones(30 << 20)
+    np.ones(80 << 20)
     with pytest.raises(AssertionError, match="MiB were taken"), memory_bound.at_most(50 << 20):
-        np.ones(10 << 20)
+        np.ones(60 << 20)
     with memory_bound.at_most(50 << 20):
         np.ones(1 << 20)

@@ -56,13 +56,17 @@ def measured(batches, wrap=True):
 
 def command(port, *arguments):
     """Exit status, stdout and stderr of a command under torchrun."""
+    if RANK == 0 and port not in stores:  # torchrun keeps it, beyond the end of its processes
+        stores[port] = distributed.TCPStore("127.0.0.1", port, COUNT, is_master=True, wait_for_workers=False)
     os.environ.update(RANK=str(RANK), WORLD_SIZE=str(COUNT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     out, err, status = io.StringIO(), io.StringIO(), None
     with redirect_stdout(out), redirect_stderr(err):
         try:
             main(list(arguments), prog_name="bntools")
         except SystemExit as ended:
             status = ended.code
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     return status, out.getvalue(), err.getvalue()
 
 
@@ -74,7 +78,7 @@ def dying():
     yield torch.ones(2, 3, 9, 9) * RANK
 
 
-found = {}
+found, stores = {}, {}
 share = torch.split(torch.from_numpy(np.load("x.npy")), SIZES)[RANK]
 begin(PORTS[0])
 found["ddp"] = measured(list(share.split(4)) if len(share) else [])
