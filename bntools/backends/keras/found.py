@@ -135,7 +135,8 @@ def _keeps(layer: Any, what: str) -> bool:
 
 
 def _initial(initializer: Any, usual: float) -> float:
-    return initial(type(initializer).__name__, initializer.get_config(), usual)
+    told: dict[str, Any] = getattr(initializer, "get_config", dict)()  # None and functions of the user's own say nothing
+    return initial(type(initializer).__name__, told, usual)
 
 
 def check_fits(name: str, stored: Any, values: Any, what: str) -> None:

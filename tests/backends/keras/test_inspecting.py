@@ -90,6 +90,15 @@ def test_statistics_that_started_at_one_half():
     assert bntools.inspect(model)[0].problems[0].startswith(expected)
 
 
+@pytest.mark.parametrize("initializer", [None, lambda shape, dtype=None: keras.ops.ones(shape, dtype)])
+def test_initializers_that_say_nothing_of_their_value(initializer):
+    """Nothing and a function: the usual start is assumed; reset goes there."""
+    model = keras.Sequential([keras.Input((3,)), L.BatchNormalization(moving_variance_initializer=initializer)])
+    assert bntools.inspect(model)[0].initial == (0.0, 1.0)
+    bntools.reset(model)
+    np.testing.assert_array_equal(bntools.inspect(model)[0].var, 1)
+
+
 def test_training_false_does_not_hold_in_fit():
     """backbone(x, training=False) is overridden by fit: inspect says so, and freeze does what was meant."""
     model = nets.nested_net()
