@@ -184,7 +184,7 @@ def _record(held: Contents, place: Place, stored: dict[str, h5py.Dataset], steps
     noted = held.updates.get(place.name)
     axis = config["axis"][0] if isinstance(config["axis"], list) else config["axis"]
     beginnings = [
-        initial(one["class_name"], one["config"], usual)
+        usual if one is None else initial(one["class_name"], one["config"], usual)
         for one, usual in zip((config[f"{name}_initializer"] for name in STATISTICS), (0.0, 1.0), strict=True)
     ]
     return record(

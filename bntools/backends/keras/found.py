@@ -135,7 +135,8 @@ def _keeps(layer: Any, what: str) -> bool:
 
 
 def _initial(initializer: Any, usual: float) -> float:
-    told: dict[str, Any] = getattr(initializer, "get_config", dict)()  # None and functions of the user's own say nothing
+    # None and functions of the user's own say nothing.
+    told: dict[str, Any] = getattr(initializer, "get_config", dict)()
     return initial(type(initializer).__name__, told, usual)
 
 

@@ -10,6 +10,7 @@ from keras import layers as L
 
 import bntools
 from bntools import BntoolsError
+from bntools.backends import backend
 
 
 def test_names_in_nested_models_and_wrappers():
@@ -97,6 +98,14 @@ def test_initializers_that_say_nothing_of_their_value(initializer):
     assert bntools.inspect(model)[0].initial == (0.0, 1.0)
     bntools.reset(model)
     np.testing.assert_array_equal(bntools.inspect(model)[0].var, 1)
+
+
+def test_a_file_whose_initializer_is_none(tmp_path):
+    """Is looked into like any other."""
+    model = keras.Sequential([keras.Input((3,)), L.BatchNormalization(moving_variance_initializer=None)])
+    model.save(tmp_path / "model.keras")
+    (found,) = backend("keras").peek(str(tmp_path / "model.keras")).records
+    assert found.initial == bntools.inspect(bntools.load(tmp_path / "model.keras"))[0].initial == (0.0, 1.0)
 
 
 def test_training_false_does_not_hold_in_fit():
