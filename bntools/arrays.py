@@ -182,7 +182,8 @@ def _loaded(path: Path) -> Any:
         raise
     except Exception as error:
         # NumPy parses the header with ast and zipfile, whose errors all mean the same here.
-        raise BntoolsError(f"{path}: no readable NumPy file ({sniff.describe(path)}): {error}") from error
+        said = "it ends before its last number: copy it again" if "mmap length" in str(error) else str(error)
+        raise BntoolsError(f"{path}: no readable NumPy file ({sniff.describe(path)}): {said}") from error
     if not found:
         raise BntoolsError(f"{path}: an archive without arrays")
     return next(iter(found.values())) if len(found) == 1 else found

@@ -385,7 +385,11 @@ def test_damaged_archives(tmp_path):
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:500])
     (tmp_path / "b.npz").write_text("hello")
     np.savez(tmp_path / "c.npz", x=np.zeros(3), y=np.zeros(4))
-    for name, message in {"a.npy": "no readable NumPy file", "b.npz": "text", "c.npz": "unequal length"}.items():
+    for name, message in {
+        "a.npy": "no readable NumPy file .*ends before its last number",
+        "b.npz": "text",
+        "c.npz": "unequal length",
+    }.items():
         with pytest.raises(BntoolsError, match=message):
             data.open(tmp_path / name)
 
